@@ -1,0 +1,1 @@
+"""The volunteer: daemon, fleet host, ClientApp, trainer, hardware, transfer."""

@@ -1,0 +1,112 @@
+"""Files that are whole or absent: one helper for atomic writes, one for locks, used everywhere."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from talkoot.protocol.errors import CapacityError, StateError
+
+FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def explain_os_error(err: OSError, doing: str, path: Path) -> CapacityError | StateError:
+    """Turn an ``OSError`` met while ``doing`` something at ``path`` into one clear sentence."""
+    if err.errno in FULL_ERRNOS:
+        return CapacityError(
+            f"The disk that holds {path} is full while {doing}: free some space and start again; "
+            "nothing that was complete is lost.",
+            code="disk-full",
+        )
+    if err.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+        return StateError(
+            f"Cannot write {path} while {doing}: it is read-only for this user; "
+            "change its permissions or choose another directory.",
+            code="read-only",
+        )
+    return StateError(f"Input/output error at {path} while {doing}: {err.strerror or err}.", code="io")
+
+
+def fsync_dir(path: Path) -> None:
+    """Make a rename inside ``path`` survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def atomic_writer(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """Yield a binary file that becomes ``path`` when the block ends well, and vanishes otherwise.
+
+    The bytes are on disk (fsync of file and directory) before the name appears.
+    """
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # noqa: PTH105 - str source
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write ``data`` to ``path``: after a crash the file is the old one or the new one, whole."""
+    with atomic_writer(path, mode=mode) as file:
+        file.write(data)
+
+
+class DirectoryLock:
+    """One process at a time in a state directory (``flock``: the kernel frees it when we die)."""
+
+    def __init__(self, directory: Path, *, who: str) -> None:
+        self._path = directory / "lock"
+        self._who = who
+        self._file: BinaryIO | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, or raise :class:`StateError` that names the holder."""
+        try:
+            file = self._path.open("a+b")
+        except OSError as err:
+            raise explain_os_error(err, "taking the lock", self._path) from err
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            file.seek(0)
+            holder = file.read(64).decode("ascii", "replace").strip() or "unknown"
+            file.close()
+            raise StateError(
+                f"{self._path.parent} is in use by another {self._who} (process {holder}): "
+                "stop that one first or choose another directory.",
+                code="in-use",
+            ) from err
+        file.truncate(0)
+        file.write(str(os.getpid()).encode("ascii"))
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        """Give the lock back; harmless when it is not held."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> DirectoryLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()

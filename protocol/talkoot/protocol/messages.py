@@ -1,0 +1,325 @@
+"""Every message of the protocol on one page: frozen, strict, capped.
+
+A message travels as canonical JSON (:func:`canonical_bytes`). What must be believed travels inside
+a :class:`Signed` envelope, which carries those very bytes and a signature over them (see
+``identity.py``). Bulk data (weights, updates, blocks) never travels here: it is named by digest and
+fetched over the data plane.
+
+Units: ``*_bytes`` bytes, ``*_seconds`` seconds, ``*_unix`` seconds since the epoch, ``tokens``
+tokens. Loss is the mean cross-entropy in nats per token.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from talkoot.protocol import limits
+from talkoot.protocol.errors import ProtocolError
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""Lower-case hexadecimal SHA-256."""
+NodeId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+"""The first 16 hexadecimal digits of the SHA-256 of the node's public key (DER, SPKI)."""
+RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+LeaseId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Sentence = Annotated[str, Field(max_length=limits.MAX_SENTENCE_CHARS)]
+Name = Annotated[str, Field(min_length=1, max_length=limits.MAX_NAME_CHARS, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+class Message(BaseModel):
+    """Base of all messages: immutable, no unknown fields, no coercion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+M = TypeVar("M", bound=Message)
+
+
+def canonical_bytes(message: Message) -> bytes:
+    """The one encoding of a message: JSON, sorted keys, no spaces, ASCII only."""
+    data: Any = message.model_dump(mode="json")
+    return json.dumps(
+        data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode("ascii")
+
+
+def parse(kind: type[M], data: bytes, *, cap: int = limits.MAX_CONTROL_MESSAGE) -> M:
+    """Read one message. Raises :class:`ProtocolError` on anything but a valid message."""
+    if len(data) > cap:
+        raise ProtocolError(
+            f"A {kind.__name__} of {len(data)} bytes is over the cap of {cap} bytes.",
+            code="too-large",
+        )
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as err:
+        first = err.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the message"
+        raise ProtocolError(
+            f"Not a valid {kind.__name__}: {where}: {first['msg']}.", code="malformed"
+        ) from err
+
+
+# What is agreed about a run -------------------------------------------------------------------------
+
+
+class CodecSpec(Message):
+    """How an update is written (``codec.py``).
+
+    ``topk``: of every ``chunk`` consecutive elements keep the ``keep`` largest by magnitude, each
+    as ``value_bits`` bits (SparseLoCo, arXiv 2508.15706, section 3). ``dense``: every element as
+    fp32; exact, for tests and tiny models.
+    """
+
+    kind: Literal["topk", "dense"] = "topk"
+    chunk: Annotated[int, Field(ge=1, le=limits.MAX_CHUNK)] = 4096
+    keep: Annotated[int, Field(ge=1, le=limits.MAX_CHUNK)] = 64
+    value_bits: Annotated[int, Field(ge=2, le=limits.MAX_VALUE_BITS)] = 2
+
+
+class InnerSpec(Message):
+    """The inner optimizer (AdamW) and its schedule, in tokens so that it follows the network's size."""
+
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
+    final_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup_tokens: Count = 0
+    total_tokens: Count = 0
+    """Cosine from the peak to its final ratio over this many tokens of the whole network; 0 is a
+    constant rate."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    clip_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Global gradient norm; 0 is no clipping."""
+
+
+class RunSpec(Message):
+    """All that a node must know of a run, fixed for its life. The coordinator signs it."""
+
+    run_id: RunId
+    protocol: int = limits.PROTOCOL_VERSION
+    model_config_digest: Digest
+    """Artifact: the transformers config as JSON."""
+    manifest_digest: Digest
+    """Artifact: the parameter manifest (``manifest.py``)."""
+    corpus_digest: Digest
+    """Artifact: the corpus manifest (``corpus.py``)."""
+    parameters: Count
+    sequence_length: Annotated[int, Field(ge=2, le=2**20)]
+    micro_batch: Annotated[int, Field(ge=1, le=4096)]
+    """Sequences in one forward pass, and in one inner step."""
+    inner: InnerSpec
+    uplink: CodecSpec
+    downlink: CodecSpec
+    feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Decay of the node's error feedback (SparseLoCo, arXiv 2508.15706, algorithm 1)."""
+    seed: Count = 0
+
+
+# Enrolment and admission ----------------------------------------------------------------------------
+
+
+class Capability(Message):
+    """What a node measured of itself."""
+
+    device: Annotated[str, Field(max_length=32)]
+    """``cpu``, ``cuda``, ``mps``, ``xpu`` …"""
+    device_name: Annotated[str, Field(max_length=128)]
+    device_total_bytes: Count
+    """Device memory, under the volunteer's cap."""
+    device_free_bytes: Count
+    host_total_bytes: Count
+    """Host memory, under the cgroup's limit and the volunteer's cap."""
+    host_free_bytes: Count
+    disk_free_bytes: Count
+    cpu_count: Count
+    torch_version: Annotated[str, Field(max_length=64)]
+    talkoot_version: Annotated[str, Field(max_length=64)]
+
+
+class EnrolRequest(Message):
+    """``POST /api/v1/enrol``. The CSR proves possession of the node's key."""
+
+    protocol: int
+    token: Annotated[str, Field(min_length=16, max_length=128)]
+    csr_pem: Annotated[str, Field(max_length=limits.MAX_CSR)]
+    name: Name
+    capability: Capability
+
+
+class EnrolReply(Message):
+    """The node's certificate and where the rest of the coordinator is."""
+
+    node_id: NodeId
+    certificate_pem: Annotated[str, Field(max_length=16 * limits.KIB)]
+    ca_pem: Annotated[str, Field(max_length=16 * limits.KIB)]
+    coordinator_key_pem: Annotated[str, Field(max_length=4 * limits.KIB)]
+    """Public key that signs runs and tasks."""
+    transfer_port: Annotated[int, Field(ge=1, le=65535)]
+    poll_seconds: Seconds
+
+
+class CoordinatorInfo(Message):
+    """``GET /api/v1/info``: readable by anybody, of any protocol version."""
+
+    protocol: int
+    talkoot_version: Annotated[str, Field(max_length=64)]
+    ca_fingerprint: Digest
+
+
+class Refusal(Message):
+    """The body of every answer that is not a success."""
+
+    code: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+    sentence: Sentence
+
+
+class Proof(Message):
+    """Real training steps, measured. Sent signed over the data plane."""
+
+    run_id: RunId
+    node_id: NodeId
+    nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """The coordinator's challenge: it seeds the weights and the tokens of the proof's steps."""
+    recipe: Annotated[str, Field(max_length=64)]
+    steps: Annotated[int, Field(ge=1, le=64)]
+    loss: Finite
+    """Mean loss over the steps, which the coordinator can recompute for a small model."""
+    peak_bytes: Count
+    """Peak device memory of the steps (on a CPU node: of the training process)."""
+    predicted_bytes: Count
+    tokens_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    capability: Capability
+
+
+class Verdict(Message):
+    """An answer with its reason: admission, acceptance, refusal."""
+
+    accepted: bool
+    code: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+    sentence: Sentence
+
+
+# A round --------------------------------------------------------------------------------------------
+
+
+class ArtifactRef(Message):
+    """An artifact by digest, with the size that it must have."""
+
+    digest: Digest
+    size_bytes: Annotated[int, Field(ge=0, le=limits.MAX_ARTIFACT)]
+
+
+class VersionRef(Message):
+    """A published version, and the way there from any earlier one."""
+
+    version: Count
+    weights_digest: Digest
+    checkpoint_version: Count
+    checkpoint: ArtifactRef
+    """Dense weights of ``checkpoint_version`` <= ``version``."""
+    updates: Annotated[tuple[ArtifactRef, ...], Field(max_length=256)]
+    """Updates for ``checkpoint_version + 1 … version``, in order."""
+
+
+class BlockRef(Message):
+    """One block of one epoch."""
+
+    epoch: Count
+    block: Annotated[int, Field(ge=0, lt=limits.MAX_BLOCKS)]
+
+
+class Lease(Message):
+    """Blocks and a token budget for one node in one round."""
+
+    lease_id: LeaseId
+    run_id: RunId
+    round: Count
+    attempt: Count
+    node_id: NodeId
+    blocks: Annotated[tuple[BlockRef, ...], Field(min_length=1, max_length=limits.MAX_LEASE_BLOCKS)]
+    tokens: Annotated[int, Field(ge=1, lt=2**48)]
+
+
+class RoundTask(Message):
+    """What the coordinator asks of one node; signed. Fits one control message."""
+
+    run_id: RunId
+    round: Count
+    lease: Lease
+    base: VersionRef
+    """Train from here."""
+    tokens_before: Count
+    """Tokens that the whole network had committed when the round opened: where the schedule is."""
+    tokens_round: Count
+    """Tokens that all leases of this round hold together."""
+    issued_unix: Seconds
+    deadline_unix: Seconds
+    poll_seconds: Seconds
+
+
+class Contribution(Message):
+    """A node's claim about its work; signed. The payload itself is pushed over the data plane."""
+
+    run_id: RunId
+    round: Count
+    lease_id: LeaseId
+    node_id: NodeId
+    base_weights_digest: Digest
+    payload: ArtifactRef
+    tokens: Annotated[int, Field(ge=1, lt=2**48)]
+    steps: Annotated[int, Field(ge=1, lt=2**31)]
+    loss: Finite
+    """Mean training loss over the lease."""
+    training_seconds: Seconds
+
+
+class NodeReport(Message):
+    """A node's heartbeat on the data plane: what it is doing now."""
+
+    state: Literal["idle", "syncing", "proving", "training", "encoding", "pushing", "paused", "leaving"]
+    version: Count | None
+    weights_digest: Digest | None
+    """Of ``version``, as last computed by the node."""
+    lease_id: LeaseId | None
+    step: Count
+    steps: Count
+    loss: Finite | None
+    tokens_per_second: Seconds
+    bytes_up: Count
+    """Data-plane bytes sent since enrolment."""
+    bytes_down: Count
+    healed: Count
+    """How often the node found its replica wrong and fetched a checkpoint anew."""
+    started_unix: Seconds
+    """When this daemon process started: a change is a restart."""
+
+
+class NodeReportReply(Message):
+    """What the coordinator answers to a report."""
+
+    status: Literal["pending", "proving", "admitted", "refused", "banned"]
+    sentence: Sentence
+    report_seconds: Seconds
+    poll_seconds: Seconds
+    latest_version: Count | None
+    run_finished: bool
+    lease_open: bool
+    """Whether the lease named in the report can still be committed."""
+
+
+class Signed(Message):
+    """Canonical bytes of a message and an ECDSA P-384 signature over (kind, bytes)."""
+
+    kind: Annotated[str, Field(pattern=r"^[A-Za-z]{1,32}$")]
+    body: str
+    """The canonical JSON of the message, itself ASCII."""
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{16,256}$")]
+    """DER, hexadecimal."""

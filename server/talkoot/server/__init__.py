@@ -1,0 +1,1 @@
+"""The operator: supervisor, gateway, ServerApp, rounds, ledger, aggregation, transfer service."""

@@ -1,0 +1,1 @@
+"""The researcher: local networks of real processes, and their reports."""
