@@ -1,15 +1,15 @@
 """The exception tree. Errors from outside are wrapped: ``raise TransferError(...) from err``.
 
-    TalkootError                 one clear sentence; ``code`` for machines
-    ├── ConfigError              a setting is unknown, impossible or missing
-    ├── StateError               a state directory is in use, half made, newer, read-only or full
-    ├── ProtocolError            a peer sent what the protocol does not allow
-    │   ├── VersionError         the peer speaks another protocol version
-    │   └── IntegrityError       a digest, signature or certificate does not match
-    ├── RefusedError             a peer answered, and said no (invite used, banned, lease closed)
-    ├── UnavailableError         nobody answered; trying again may help
-    ├── CapacityError            this machine cannot do what is asked (memory, disk, device)
-    └── CorpusError              a corpus is empty, unreadable or not text
+TalkootError                 one clear sentence; ``code`` for machines
+├── ConfigError              a setting is unknown, impossible or missing
+├── StateError               a state directory is in use, half made, newer, read-only or full
+├── ProtocolError            a peer sent what the protocol does not allow
+│   ├── VersionError         the peer speaks another protocol version
+│   └── IntegrityError       a digest, signature or certificate does not match
+├── RefusedError             a peer answered, and said no (invite used, banned, lease closed)
+├── UnavailableError         nobody answered; trying again may help
+├── CapacityError            this machine cannot do what is asked (memory, disk, device)
+└── CorpusError              a corpus is empty, unreadable or not text
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ def explain_os_error(err: OSError, doing: str, path: Path) -> CapacityError | St
             "change its permissions or choose another directory.",
             code="read-only",
         )
-    return StateError(f"Input/output error at {path} while {doing}: {err.strerror or err}.", code="io")
+    return StateError(
+        f"Input/output error at {path} while {doing}: {err.strerror or err}.", code="io"
+    )
 
 
 def fsync_dir(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Protocol version and every byte cap, in one place. All sizes are bytes unless the name says otherwise.
+"""Protocol version and every byte cap, in one place. Sizes are bytes unless the name says more.
 
 A cap is checked *before* memory is allocated for what it bounds. What a peer says about a size is a
 claim; the cap is what holds.
@@ -15,7 +15,7 @@ KIB: Final = 1024
 MIB: Final = 1024 * KIB
 GIB: Final = 1024 * MIB
 
-# Control plane ------------------------------------------------------------------------------------
+# Control plane ----------------------------------------------------------------------
 MAX_CONTROL_MESSAGE: Final = 64 * KIB
 """One message through the SuperLink, and one request or reply body of the gateway."""
 MAX_NAME_CHARS: Final = 64
@@ -23,7 +23,7 @@ MAX_CSR: Final = 8 * KIB
 MAX_SENTENCE_CHARS: Final = 2_000
 """Any human-readable sentence that crosses the wire."""
 
-# Data plane ---------------------------------------------------------------------------------------
+# Data plane ----------------------------------------------------------------------
 TRANSFER_CHUNK: Final = 1 * MIB
 """Bytes in one streamed gRPC message."""
 MAX_TRANSFER_MESSAGE: Final = TRANSFER_CHUNK + 64 * KIB
@@ -36,18 +36,18 @@ MAX_JSON_ARTIFACT: Final = 16 * MIB
 MAX_SAFETENSORS_HEADER: Final = 32 * MIB
 """The JSON header of a safetensors file: thousands of tensors need a few MiB."""
 
-# Model --------------------------------------------------------------------------------------------
+# Model ----------------------------------------------------------------------
 MAX_TENSORS: Final = 65_536
 MAX_TENSOR_DIMS: Final = 8
 MAX_TENSOR_NAME_CHARS: Final = 256
 MAX_TENSOR_ELEMENTS: Final = 2**34
 MAX_PARAMETERS: Final = 2**37
 
-# Codec --------------------------------------------------------------------------------------------
+# Codec ----------------------------------------------------------------------
 MAX_CHUNK: Final = 65_536
 MAX_VALUE_BITS: Final = 8
 
-# Data ---------------------------------------------------------------------------------------------
+# Data ----------------------------------------------------------------------
 MAX_BLOCK: Final = 16 * MIB
 """One block of tokens."""
 MAX_BLOCKS: Final = 2**26

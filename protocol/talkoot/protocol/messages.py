@@ -29,7 +29,9 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Sentence = Annotated[str, Field(max_length=limits.MAX_SENTENCE_CHARS)]
-Name = Annotated[str, Field(min_length=1, max_length=limits.MAX_NAME_CHARS, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Name = Annotated[
+    str, Field(min_length=1, max_length=limits.MAX_NAME_CHARS, pattern=r"^[^\x00-\x1f\x7f]+$")
+]
 
 
 class Message(BaseModel):
@@ -66,7 +68,7 @@ def parse(kind: type[M], data: bytes, *, cap: int = limits.MAX_CONTROL_MESSAGE) 
         ) from err
 
 
-# What is agreed about a run -------------------------------------------------------------------------
+# What is agreed about a run ----------------------------------------------------------------------
 
 
 class CodecSpec(Message):
@@ -84,7 +86,7 @@ class CodecSpec(Message):
 
 
 class InnerSpec(Message):
-    """The inner optimizer (AdamW) and its schedule, in tokens so that it follows the network's size."""
+    """The inner optimizer (AdamW) and its schedule in tokens, which follows the network's size."""
 
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
     final_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -123,7 +125,7 @@ class RunSpec(Message):
     seed: Count = 0
 
 
-# Enrolment and admission ----------------------------------------------------------------------------
+# Enrolment and admission ----------------------------------------------------------------------
 
 
 class Capability(Message):
@@ -207,7 +209,7 @@ class Verdict(Message):
     sentence: Sentence
 
 
-# A round --------------------------------------------------------------------------------------------
+# A round ----------------------------------------------------------------------
 
 
 class ArtifactRef(Message):
@@ -284,7 +286,9 @@ class Contribution(Message):
 class NodeReport(Message):
     """A node's heartbeat on the data plane: what it is doing now."""
 
-    state: Literal["idle", "syncing", "proving", "training", "encoding", "pushing", "paused", "leaving"]
+    state: Literal[
+        "idle", "syncing", "proving", "training", "encoding", "pushing", "paused", "leaving"
+    ]
     version: Count | None
     weights_digest: Digest | None
     """Of ``version``, as last computed by the node."""
