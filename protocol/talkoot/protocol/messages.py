@@ -71,6 +71,13 @@ def parse(kind: type[M], data: bytes, *, cap: int = limits.MAX_CONTROL_MESSAGE) 
 # What is agreed about a run ----------------------------------------------------------------------
 
 
+class ArtifactRef(Message):
+    """An artifact by digest, with the size that it must have."""
+
+    digest: Digest
+    size_bytes: Annotated[int, Field(ge=0, le=limits.MAX_ARTIFACT)]
+
+
 class CodecSpec(Message):
     """How an update is written (``codec.py``).
 
@@ -107,12 +114,12 @@ class RunSpec(Message):
 
     run_id: RunId
     protocol: int = limits.PROTOCOL_VERSION
-    model_config_digest: Digest
-    """Artifact: the transformers config as JSON."""
-    manifest_digest: Digest
-    """Artifact: the parameter manifest (``manifest.py``)."""
-    corpus_digest: Digest
-    """Artifact: the corpus manifest (``corpus.py``)."""
+    model: ArtifactRef
+    """The transformers config as JSON."""
+    manifest: ArtifactRef
+    """The parameter manifest (``manifest.py``)."""
+    corpus: ArtifactRef
+    """The corpus manifest (``corpus.py``)."""
     parameters: Count
     sequence_length: Annotated[int, Field(ge=2, le=2**20)]
     micro_batch: Annotated[int, Field(ge=1, le=4096)]
@@ -183,6 +190,13 @@ class Refusal(Message):
     sentence: Sentence
 
 
+class ProofChallenge(Message):
+    """What a node must prove itself on; fresh for every proof."""
+
+    nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    steps: Annotated[int, Field(ge=1, le=64)]
+
+
 class Proof(Message):
     """Real training steps, measured. Sent signed over the data plane."""
 
@@ -210,13 +224,6 @@ class Verdict(Message):
 
 
 # A round ----------------------------------------------------------------------
-
-
-class ArtifactRef(Message):
-    """An artifact by digest, with the size that it must have."""
-
-    digest: Digest
-    size_bytes: Annotated[int, Field(ge=0, le=limits.MAX_ARTIFACT)]
 
 
 class VersionRef(Message):

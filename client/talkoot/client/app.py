@@ -1,0 +1,45 @@
+"""The ClientApp: one message in, one lease of work, one verdict out.
+
+The same object runs in the daemon (``daemon.py``), under a stock ``flower-supernode`` (for small
+models: it starts a process per message) and in Flower's simulation engine. Where this node's home
+is comes with ``node_config["talkoot-home"]``; everything else it needs is there.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from talkoot.protocol.control import TASK_KEY, TASK_RECORD, VERDICT_KEY, VERDICT_RECORD
+from talkoot.protocol.errors import ConfigError, ProtocolError, TalkootError
+from talkoot.protocol.messages import Signed, Verdict, canonical_bytes, parse
+
+HOME_KEY: Final = "talkoot-home"
+
+app = ClientApp()
+
+
+@app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
+def train(message: Message, context: Context) -> Message:
+    """Do the lease that the message carries; errors become a verdict with their sentence."""
+    from talkoot.client.worker import worker_for
+
+    try:
+        record = message.content.config_records.get(TASK_RECORD)
+        text = record.get(TASK_KEY) if record is not None else None
+        if not isinstance(text, str):
+            raise ProtocolError("The message carries no task.", code="malformed")
+        home = context.node_config.get(HOME_KEY)
+        if not isinstance(home, str):
+            raise ConfigError(
+                f"This node's home is not configured: start flower-supernode with "
+                f"--node-config '{HOME_KEY}=\"…\"'."
+            )
+        with worker_for(home) as worker:
+            verdict = worker.execute(parse(Signed, text.encode("ascii", "replace")))
+    except TalkootError as err:
+        verdict = Verdict(accepted=False, code=err.code, sentence=err.sentence[:2000])
+    answer = ConfigRecord({VERDICT_KEY: canonical_bytes(verdict).decode("ascii")})
+    return Message(RecordDict({VERDICT_RECORD: answer}), reply_to=message)

@@ -1,0 +1,317 @@
+"""The daemon: keeps one node at work, and the machine usable. It imports no torch.
+
+One thread works (polls Flower, runs the ClientApp), one reports, one sends heartbeats; the main
+thread waits for signals. Whatever fails outside is waited for with patience and said in one line.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from talkoot.client.app import HOME_KEY
+from talkoot.client.hardware import measure_in_child
+from talkoot.client.home import Home
+from talkoot.client.trainer_host import TrainerHost
+from talkoot.client.worker import Reporter, Worker, set_current
+from talkoot.protocol.errors import CapacityError, RefusedError, TalkootError, UnavailableError
+from talkoot.protocol.files import DirectoryLock
+from talkoot.protocol.messages import NodeReportReply
+
+if TYPE_CHECKING:
+    from talkoot.client.flower import FleetHost
+
+log = logging.getLogger(__name__)
+
+MAX_BACKOFF_SECONDS = 5.0
+IDLE_TASK_CHECK_SECONDS = 10.0
+"""How often an idle node asks the data plane for a task that may have been lost on the way."""
+PAUSE_LOOK_SECONDS = 0.5
+STATUS_SECONDS = 1.0
+
+
+class Daemon:
+    """One volunteer's node, in the foreground.
+
+    Args:
+        home: an enrolled node's directory; the caller holds its lock.
+        say: tells the volunteer one line.
+        trainer: the child, perhaps started early by the caller.
+    """
+
+    def __init__(self, home: Home, say: Callable[[str], None], trainer: TrainerHost) -> None:
+        self._home = home
+        self._say = say
+        self._trainer = trainer
+        self._settings = home.settings()
+        self._worker = Worker(home, trainer, say)
+        self._reporter = Reporter(self._worker, self._heard)
+        self._stop = threading.Event()
+        self._failure: TalkootError | None = None
+        self._thread = threading.Thread(target=self._guarded, name="worker", daemon=True)
+        self._host: FleetHost | None = None
+        self._last_told = ""
+        self._reachable = False
+        self._finished = False
+
+    def run(self) -> None:
+        """Work until asked to stop. Raises what ends the node for good (banned, wrong run …)."""
+        self._trainer.start()
+        set_current(self._worker)
+        self._reporter.start()
+        self._thread.start()
+        try:
+            while not self._stop.wait(STATUS_SECONDS) and self._thread.is_alive():
+                self._write_status()
+                if self._home.leave.exists():
+                    self._home.leave.unlink(missing_ok=True)
+                    self._tell("Leaving, as asked.")
+                    break
+        finally:
+            self._shut_down()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Ask :meth:`run` to end, with the work checkpointed."""
+        self._stop.set()
+
+    def _shut_down(self) -> None:
+        self._stop.set()
+        self._worker.stop()
+        self._reporter.close()
+        self._trainer.close()
+        self._thread.join(timeout=30)
+        if self._host is not None:
+            self._host.close()
+        self._worker.close()
+        set_current(None)
+        self._write_status(state="stopped")
+
+    # The working thread ---------------------------------------------------------------------------
+
+    def _guarded(self) -> None:
+        try:
+            self._work()
+        except TalkootError as err:
+            self._failure = err
+        except Exception as err:
+            log.exception("the daemon failed")
+            self._failure = TalkootError(
+                f"The daemon met an unexpected {type(err).__name__}: see {self._home.logs}."
+            )
+        finally:
+            self._stop.set()
+
+    def _work(self) -> None:
+        pause = 0.25
+        while not self._stop.is_set():
+            try:
+                if self._home.pause.exists():
+                    self._tell("Paused by its owner; 'talkoot resume' goes on.")
+                    self._stop.wait(PAUSE_LOOK_SECONDS)
+                    continue
+                if self._host is None:
+                    self._join_in()
+                self._look_for_work()
+                pause = 0.25
+            except UnavailableError as err:
+                if err.code in ("stopped", "trainer-closed"):
+                    continue
+                self._tell(f"{err.sentence} Trying again; nothing is lost.")
+                self._host_lost()
+                self._stop.wait(pause * random.uniform(0.7, 1.3))
+                pause = min(MAX_BACKOFF_SECONDS, 2 * pause)
+            except RefusedError as err:
+                if err.code != "not-activated":
+                    raise
+                # Flower thinks that a node which was killed is still there, until its heartbeat
+                # has been missing for a while.
+                self._tell("Waiting for the SuperLink to let this node in.")
+                self._host_lost()
+                self._stop.wait(2.0)
+
+    def _host_lost(self) -> None:
+        host, self._host = self._host, None
+        if host is not None:
+            host.close()
+
+    def _join_in(self) -> None:
+        """Get ready, prove, and connect; ends when the node is admitted and online."""
+        self._worker.prepare()
+        reply = self._worker.report()
+        self._reachable = True
+        while reply.status != "admitted":
+            if self._stop.is_set():
+                return
+            if reply.status == "banned":
+                raise RefusedError(reply.sentence, code="banned")
+            if reply.status == "proving":
+                verdict = self._worker.prove(self._measure)
+                self._tell(verdict.sentence)
+                if not verdict.accepted and verdict.code not in ("awaits-approval", "stale-proof"):
+                    raise CapacityError(verdict.sentence, code=verdict.code)
+            elif reply.status == "refused":
+                raise CapacityError(reply.sentence, code="refused")
+            else:
+                self._tell(reply.sentence)
+                self._stop.wait(reply.report_seconds)
+            reply = self._worker.report()
+        self._connect(reply.poll_seconds)
+        self._resume()
+
+    def _measure(self) -> object:
+        return measure_in_child(
+            self._settings.device, self._settings.max_memory_bytes, self._home.root
+        )
+
+    def _connect(self, poll_seconds: float) -> None:
+        from talkoot.client.app import app
+        from talkoot.client.flower import FleetHost
+
+        enrolment = self._worker.enrolment
+        name = f"[{enrolment.host}]" if ":" in enrolment.host else enrolment.host
+        host = FleetHost(
+            f"{name}:{enrolment.gateway_port}",
+            enrolment.ca_pem.encode("ascii"),
+            self._worker.key,
+            app,
+            {HOME_KEY: str(self._home.root)},
+            self._worker.counters.flower_node_id,
+        )
+        node_id = host.connect(poll_seconds)
+        if node_id != self._worker.counters.flower_node_id:
+            self._worker.save_counters(flower_node_id=node_id)
+        self._host = host
+        self._tell("Connected; waiting for work.")
+
+    def _resume(self) -> None:
+        """Go on with the lease that is open for this node, whether or not Flower's message came."""
+        task = self._worker.transfer.task()
+        if task is not None:
+            self._tell("Going on with an open lease.")
+            self._worker.execute(task)
+
+    def _look_for_work(self) -> None:
+        assert self._host is not None
+        reply = self._worker.reply
+        poll = reply.poll_seconds if reply is not None else 1.0
+        if reply is not None and reply.status == "banned":
+            raise RefusedError(reply.sentence, code="banned")
+        idle_until = time.monotonic() + IDLE_TASK_CHECK_SECONDS
+        while not self._stop.is_set() and not self._home.pause.exists():
+            if self._host.poll():
+                return
+            if time.monotonic() > idle_until:
+                self._resume()
+                return
+            self._stop.wait(poll * random.uniform(0.8, 1.2))
+
+    # Telling --------------------------------------------------------------------------------------
+
+    def _heard(self, reply: NodeReportReply | None) -> None:
+        if reply is None:
+            if self._reachable:
+                self._reachable = False
+                self._tell("The coordinator does not answer; waiting for it. Training goes on.")
+            return
+        if not self._reachable:
+            self._reachable = True
+            self._tell("The coordinator answers.")
+        if reply.status == "banned":
+            self._failure = RefusedError(reply.sentence, code="banned")
+            self._worker.stop()
+            self._stop.set()
+        if reply.run_finished and not self._finished:
+            self._finished = True
+            self._tell("The run is finished. Thank you! Staying online; Ctrl-C ends.")
+
+    def _tell(self, sentence: str) -> None:
+        if sentence != self._last_told:
+            self._last_told = sentence
+            self._say(sentence)
+
+    def _write_status(self, state: str | None = None) -> None:
+        worker = self._worker
+        self._home.write_status(
+            {
+                "pid": os.getpid(),
+                "unix": time.time(),
+                "name": worker.enrolment.name,
+                "node_id": worker.enrolment.node_id,
+                "coordinator": f"{worker.enrolment.host}:{worker.enrolment.gateway_port}",
+                "reachable": self._reachable,
+                "status": worker.reply.status if worker.reply is not None else None,
+                "state": state or ("paused" if self._home.pause.exists() else worker.state),
+                "version": worker.version,
+                "step": worker.step,
+                "steps": worker.steps,
+                "loss": worker.loss,
+                "tokens_per_second": worker.tokens_per_second,
+                "bytes_up": worker.meter.bytes_up,
+                "bytes_down": worker.meter.bytes_down,
+                "contributions": worker.counters.contributions,
+                "healed": worker.counters.healed,
+                "trainer_pid": self._trainer.pid,
+                "last": self._last_told,
+            }
+        )
+
+
+def configure_logging(home: Home) -> None:
+    """Log to a file in the node's home."""
+    handler = logging.handlers.RotatingFileHandler(
+        home.logs / "daemon.log", maxBytes=4 * 2**20, backupCount=2
+    )
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("talkoot")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+
+
+def run_daemon(home: Home, say: Callable[[str], None], trainer: TrainerHost | None = None) -> None:
+    """Run a node until Ctrl-C or SIGTERM (finishes cleanly); a second one ends it now.
+
+    The caller holds the home's lock.
+    """
+    settings = home.settings()
+    configure_logging(home)
+
+    def tell(sentence: str) -> None:
+        log.info("%s", sentence)
+        say(sentence)
+
+    child = trainer or TrainerHost(
+        home.work,
+        settings.device,
+        settings.threads,
+        home.logs / "trainer.log",
+        checkpoint_seconds=settings.checkpoint_seconds,
+    )
+    daemon = Daemon(home, tell, child)
+    asked = False
+
+    def handle(_number: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            child.kill()
+            os._exit(130)
+        asked = True
+        say("Finishing the step and saving; once more ends it now.")
+        daemon.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    daemon.run()
+
+
+def lock(home: Home) -> DirectoryLock:
+    """The lock of a node's home."""
+    return DirectoryLock(home.root, who="talkoot daemon")

@@ -1,0 +1,168 @@
+"""The volunteer's own directory: identity, replica, cache, settings. Nothing is written elsewhere.
+
+identity.pem     the node's key, 0600          work/     replica, optimizer, feedback, leases
+enrolment.json   whom it trains for            store/    artifacts that it fetched
+settings.json    what its owner chose          logs/     daemon and trainer
+status.json      what it is doing, for 'talkoot status'
+pause            there while its owner wants the machine
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from talkoot.protocol.errors import ProtocolError, StateError
+from talkoot.protocol.files import explain_os_error, write_atomic
+from talkoot.protocol.messages import Digest, M, Message, canonical_bytes, parse
+
+
+class Settings(Message):
+    """What the volunteer chose when joining; kept, so that a restart needs no flags."""
+
+    device: Annotated[str, Field(max_length=32)] | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    max_memory_bytes: Annotated[int, Field(ge=1)] | None = None
+    max_rate_up: Annotated[float, Field(gt=0)] | None = None  # bytes per second
+    max_rate_down: Annotated[float, Field(gt=0)] | None = None  # bytes per second
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 10.0
+
+
+class Counters(Message):
+    """What lasts beyond one process."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    healed: int = 0
+    contributions: int = 0
+    flower_node_id: int | None = None
+    run_spec_sha256: Digest | None = None
+    """The run that this node joined: a coordinator cannot swap it for another."""
+    newest_round: int = -1
+    """The newest round that this node has answered: an older task is a replay."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """Paths below one volunteer's directory."""
+
+    root: Path
+
+    @property
+    def key(self) -> Path:
+        """The node's private key."""
+        return self.root / "identity.pem"
+
+    @property
+    def enrolment(self) -> Path:
+        """Whom it trains for."""
+        return self.root / "enrolment.json"
+
+    @property
+    def settings_path(self) -> Path:
+        """What its owner chose."""
+        return self.root / "settings.json"
+
+    @property
+    def counters_path(self) -> Path:
+        """What lasts beyond one process."""
+        return self.root / "counters.json"
+
+    @property
+    def status_path(self) -> Path:
+        """What it is doing."""
+        return self.root / "status.json"
+
+    @property
+    def pending(self) -> Path:
+        """The signed contribution whose fate is not known yet."""
+        return self.root / "pending.json"
+
+    @property
+    def pause(self) -> Path:
+        """There while its owner wants the machine."""
+        return self.root / "pause"
+
+    @property
+    def leave(self) -> Path:
+        """There when its owner asked the daemon to leave for good."""
+        return self.root / "leave"
+
+    @property
+    def work(self) -> Path:
+        """The trainer's directory."""
+        return self.root / "work"
+
+    @property
+    def store(self) -> Path:
+        """Fetched artifacts."""
+        return self.root / "store"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of daemon and trainer."""
+        return self.root / "logs"
+
+    def create(self) -> None:
+        """Make the directory, for its owner only."""
+        try:
+            for path in (self.root, self.work, self.store, self.logs):
+                path.mkdir(parents=True, exist_ok=True)
+                path.chmod(0o700)
+        except OSError as err:
+            raise explain_os_error(err, "making the node's home", self.root) from err
+        if not os.access(self.root, os.W_OK):
+            raise StateError(
+                f"{self.root} is read-only for this user: choose another --home.", code="read-only"
+            )
+
+    def require(self) -> None:
+        """Make sure that a node lives here."""
+        if not self.enrolment.exists():
+            raise StateError(
+                f"No node lives at {self.root}: join with 'talkoot join <invite-url> --home "
+                f"{self.root}'.",
+                code="not-joined",
+            )
+
+    def settings(self) -> Settings:
+        """What its owner chose."""
+        return self._read(self.settings_path, Settings)
+
+    def counters(self) -> Counters:
+        """What lasts beyond one process; a damaged file starts at nothing."""
+        try:
+            return self._read(self.counters_path, Counters)
+        except StateError:
+            return Counters()
+
+    def _read(self, path: Path, kind: type[M]) -> M:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return kind()
+        except OSError as err:
+            raise explain_os_error(err, "reading", path) from err
+        try:
+            return parse(kind, data)
+        except ProtocolError as err:
+            raise StateError(f"{path} is damaged ({err.sentence}) Remove it.") from err
+
+    def save(self, path: Path, message: Message) -> None:
+        """Write one of the small files."""
+        try:
+            write_atomic(path, canonical_bytes(message), mode=0o600)
+        except OSError as err:
+            raise explain_os_error(err, "saving", path) from err
+
+    def write_status(self, document: dict[str, object]) -> None:
+        """Tell 'talkoot status' what goes on; best effort, a full disk does not stop training."""
+        try:
+            write_atomic(self.status_path, json.dumps(document).encode(), mode=0o600)
+        except OSError:
+            return

@@ -1,0 +1,473 @@
+"""The trainer's operations. A torch module; ``__main__`` serves it to the daemon, tests call it.
+
+Between operations the replica is on disk; memory holds at most the model's parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from talkoot.client.trainer.lease import LeaseJob, Progress, ShouldStop, run_lease
+from talkoot.client.trainer.peak import PeakMeter
+from talkoot.client.trainer.sequences import Sequences
+from talkoot.client.trainer.tensors import load_weights
+from talkoot.client.trainer.workdir import LeaseResult, Published, State, WorkDir
+from talkoot.protocol import limits, memory
+from talkoot.protocol.corpus import CorpusManifest, parse_manifest
+from talkoot.protocol.errors import (
+    CapacityError,
+    IntegrityError,
+    ProtocolError,
+    StateError,
+    TalkootError,
+    UnavailableError,
+)
+from talkoot.protocol.files import explain_os_error
+from talkoot.protocol.manifest import Manifest, manifest_of
+from talkoot.protocol.messages import RoundTask, RunSpec
+from talkoot.protocol.model import build_model, named_trainable, parse_config
+from talkoot.protocol.payload import PayloadReader
+from talkoot.protocol.proof import proof_steps
+from talkoot.protocol.weights import WeightsReader, WeightsWriter, apply_update, save_weights
+
+DIFFERS: Final = "replica-differs"
+PROOF_STEPS: Final = 2
+
+
+def never_stop() -> bool:
+    """The ``should_stop`` of whoever does not stop."""
+    return False
+
+
+def no_progress(report: dict[str, Any]) -> None:
+    """The ``on_progress`` of whoever does not listen."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What ``open`` established."""
+
+    spec: RunSpec
+    config: dict[str, Any]
+    manifest: Manifest
+    corpus: CorpusManifest | None
+    work: WorkDir
+
+
+class Trainer:
+    """A node's replica in one directory.
+
+    Args:
+        root: the work directory; one process at a time (``__main__`` holds its lock).
+        device: a torch device name; ``None`` takes the accelerator if one works, else the CPU.
+        checkpoint_seconds: time between checkpoints of a lease; 0 is one a step.
+
+    All operations return JSON-ready dictionaries and raise :class:`TalkootError`.
+    """
+
+    def __init__(
+        self, root: Path, device: str | None = None, *, checkpoint_seconds: float = 10.0
+    ) -> None:
+        self._root = root
+        self._device = _choose_device(device)
+        self._checkpoint_seconds = checkpoint_seconds
+        self._run: _Run | None = None
+        self._model: torch.nn.Module | None = None
+
+    def open(
+        self,
+        spec: RunSpec,
+        model_config_path: Path,
+        manifest_path: Path,
+        corpus_path: Path | None = None,
+    ) -> dict[str, Any]:
+        """Take up a run: ``{"parameters"}``. ``corpus_path`` (its manifest) is for training only.
+
+        Raises:
+            IntegrityError: a file is not the one that the run names.
+            ProtocolError: a file is malformed, or the manifest is not the model's.
+            StateError: the directory holds another run's replica.
+        """
+        config = parse_config(_artifact(model_config_path, spec.model.digest))
+        manifest = Manifest.from_bytes(_artifact(manifest_path, spec.manifest.digest))
+        corpus = None
+        if corpus_path is not None:
+            corpus = parse_manifest(_artifact(corpus_path, spec.corpus.digest))
+        outline = build_model(config, seed=None, device="cpu", meta=True)
+        if manifest_of(named_trainable(outline)) != manifest:
+            raise ProtocolError(
+                "The run's manifest does not list the parameters of the run's model: the operator "
+                "must publish both from one model.",
+                code="manifest-mismatch",
+            )
+        if manifest.parameters != spec.parameters:
+            raise ProtocolError(
+                f"The run says {spec.parameters} parameters and its manifest "
+                f"{manifest.parameters}: the operator must publish both from one model.",
+                code="manifest-mismatch",
+            )
+        work = WorkDir(self._root, spec.run_id, spec.manifest.digest)
+        self._model = None
+        self._run = _Run(spec, config, manifest, corpus, work)
+        return {"parameters": manifest.parameters}
+
+    @property
+    def _opened(self) -> _Run:
+        if self._run is None:
+            raise StateError("The trainer has no run yet: open one first.", code="not-open")
+        return self._run
+
+    def state(self) -> dict[str, Any]:
+        """``{"version", "weights_digest", "lease"}`` as recorded (``verify`` looks at the bytes).
+
+        ``lease`` is null or ``{"lease_id", "step", "steps", "done"}``.
+        """
+        work = self._opened.work
+        published, done, checkpoint = work.state.published, work.state.done, work.checkpoint
+        lease: dict[str, Any] | None = None
+        if done is not None:
+            lease = {
+                "lease_id": done.lease_id,
+                "step": done.steps,
+                "steps": done.steps,
+                "done": True,
+            }
+        elif checkpoint is not None:
+            lease = {
+                "lease_id": checkpoint.lease_id,
+                "step": checkpoint.step,
+                "steps": checkpoint.steps,
+                "done": False,
+            }
+        return {**_replica(published), "lease": lease}
+
+    def prove(
+        self, nonce: str, steps: int = PROOF_STEPS, *, should_stop: ShouldStop = never_stop
+    ) -> dict[str, Any]:
+        """Train on the challenge (``proof.py``) and measure it; the replica on disk is not touched.
+
+        ``{"loss", "losses", "steps", "peak_bytes", "predicted_bytes", "tokens_per_second",
+        "recipe"}``. Speed is that of the steps after the first, which pays for warming up.
+
+        Raises:
+            CapacityError: code ``"out-of-memory"``: it does not fit.
+        """
+        run = self._opened
+        spec = run.spec
+        self._model = None  # the proof's model takes its place in memory
+        losses: list[float] = []
+        times = [time.monotonic()]
+        with PeakMeter(self._device) as meter:
+            for loss in proof_steps(
+                run.config,
+                nonce,
+                sequence_length=spec.sequence_length,
+                micro_batch=spec.micro_batch,
+                inner=spec.inner,
+                steps=steps,
+                device=self._device,
+            ):
+                losses.append(loss)
+                times.append(time.monotonic())
+                if should_stop():
+                    raise UnavailableError("The proof was stopped; start it again.", code="stopped")
+        timed = max(steps - 1, 1)
+        tokens = timed * spec.micro_batch * spec.sequence_length
+        plan = memory.predict(
+            run.config,
+            spec.sequence_length,
+            spec.micro_batch,
+            parameters=run.manifest.parameters,
+        )
+        return {
+            "loss": math.fsum(losses) / steps,
+            "losses": losses,
+            "steps": steps,
+            "peak_bytes": meter.peak_bytes,
+            "predicted_bytes": plan.device_bytes,
+            "tokens_per_second": tokens / max(times[-1] - times[-1 - timed], 1e-9),
+            "recipe": memory.RECIPE,
+        }
+
+    def sync(
+        self,
+        version: int,
+        weights_digest: str,
+        checkpoint: tuple[int, Path] | None,
+        updates: Sequence[Path],
+    ) -> dict[str, Any]:
+        """Bring the replica to a version: ``{"version", "weights_digest"}``.
+
+        Args:
+            version: of the target.
+            weights_digest: of the target.
+            checkpoint: ``(version, file)`` of dense published weights to start from, or ``None``
+                to start from the replica as it is.
+            updates: for start + 1 … ``version``, in order.
+
+        Raises:
+            IntegrityError: code ``"replica-differs"``: the result is not the target. The replica
+                stays as it was; sync again from a checkpoint.
+            ProtocolError: the updates do not lead from the start to the target.
+        """
+        run = self._opened
+        work, published = run.work, run.work.state.published
+        if published is not None and checkpoint is None:
+            self._reader(published)  # damage to the file itself is healed like a wrong digest
+            if published.version == version and not updates:
+                # Nothing to apply, so nothing else would look at the bytes.
+                self._require(self.verify()["weights_digest"], version, weights_digest)
+                return _replica(published)
+        if checkpoint is not None:
+            start, source = checkpoint
+        elif published is not None:
+            start, source = published.version, work.path(published.file)
+        else:
+            raise ProtocolError(
+                "There is no replica yet to apply updates to: sync from a checkpoint.",
+                code="no-replica",
+            )
+        if start + len(updates) != version:
+            raise ProtocolError(
+                f"{len(updates)} updates do not lead from version {start} to {version}.",
+                code="updates-mismatch",
+            )
+        name, digest = self._advance(source, updates, copy=checkpoint is not None)
+        try:
+            self._require(digest, version, weights_digest)
+        except IntegrityError:
+            work.path(name).unlink()
+            raise
+        work.commit(
+            work.state.model_copy(
+                update={"published": Published(version=version, digest=digest, file=name)}
+            )
+        )
+        return _replica(work.state.published)
+
+    def _require(self, digest: str, version: int, target: str) -> None:
+        if digest != target:
+            raise IntegrityError(
+                f"This replica is not version {version} as published ({digest[:12]}… instead of "
+                f"{target[:12]}…): fetch a full checkpoint.",
+                code=DIFFERS,
+            )
+
+    def _advance(self, source: Path, updates: Sequence[Path], *, copy: bool) -> tuple[str, str]:
+        """Apply ``updates`` to ``source``: name and digest of the new file."""
+        run = self._opened
+        reached: str | None = None
+        digest = ""
+        if copy:
+            # A copy and not a link: the replica must not change when its source does.
+            reader = WeightsReader(source, run.manifest)
+            reached = run.work.fresh("published")
+            digest = save_weights(run.work.path(reached), run.manifest, reader.get)
+        for update in updates:
+            before = source if reached is None else run.work.path(reached)
+            name = run.work.fresh("published")
+            digest = apply_update(
+                run.manifest, before, update, run.spec.downlink, run.work.path(name)
+            )
+            if reached is not None:
+                before.unlink()
+            reached = name
+        assert reached is not None
+        return reached, digest
+
+    def verify(self) -> dict[str, Any]:
+        """Hash the weights that are on disk now: ``{"version", "weights_digest"}``.
+
+        Raises:
+            IntegrityError: code ``"replica-differs"``: the file is gone or not even well-formed.
+        """
+        run = self._opened
+        published = run.work.state.published
+        if published is None:
+            return _replica(None)
+        digest = self._reader(published).weights_digest()
+        return {"version": published.version, "weights_digest": digest}
+
+    def _reader(self, published: Published) -> WeightsReader:
+        run = self._opened
+        try:
+            return WeightsReader(run.work.path(published.file), run.manifest)
+        except (ProtocolError, StateError) as err:
+            raise IntegrityError(
+                f"The replica on disk is damaged ({err.sentence}): fetch a full checkpoint.",
+                code=DIFFERS,
+            ) from err
+
+    def train(
+        self,
+        task: RoundTask,
+        blocks: Sequence[Path],
+        *,
+        on_progress: Progress = no_progress,
+        should_stop: ShouldStop = never_stop,
+    ) -> dict[str, Any]:
+        """Train a lease and encode its payload; a lease that is done is not trained again.
+
+        ``{"payload_path", "digest", "size", "tokens", "steps", "loss", "training_seconds"}``.
+
+        Args:
+            task: the lease, and the version to start from, at which the replica must be.
+            blocks: files of the lease's blocks, in its order.
+            on_progress: gets ``{"step", "steps", "loss", "tokens_per_second"}``.
+            should_stop: asked between steps.
+
+        Raises:
+            UnavailableError: code ``"stopped"``; the same call again carries on.
+            StateError: code ``"lease-unsettled"``: settle the lease before this one first.
+            ProtocolError: the task is not for this run, version or corpus.
+        """
+        run = self._opened
+        done = run.work.state.done
+        if done is not None:
+            if done.lease_id == task.lease.lease_id:
+                return self._result(done)
+            raise StateError(
+                f"Lease {done.lease_id} is finished and not settled: settle it before another.",
+                code="lease-unsettled",
+            )
+        base = run.work.state.published
+        if task.run_id != run.spec.run_id:
+            raise ProtocolError(
+                f"The task is of run {task.run_id}, not of {run.spec.run_id}.", code="other-run"
+            )
+        if base is None or (base.version, base.digest) != (
+            task.base.version,
+            task.base.weights_digest,
+        ):
+            raise ProtocolError(
+                f"The task starts from version {task.base.version}, where this replica is not: "
+                "sync first.",
+                code="wrong-base",
+            )
+        if run.corpus is None:
+            raise StateError(
+                "The run was opened without its corpus manifest: open it with one to train.",
+                code="no-corpus",
+            )
+        self._reader(base)  # a damaged replica is found before anything is loaded
+        job = LeaseJob(
+            spec=run.spec,
+            manifest=run.manifest,
+            work=run.work,
+            model=self._parameters(),
+            base=base,
+            task=task,
+            sequences=Sequences(run.spec, run.corpus, task.lease, blocks),
+            checkpoint_seconds=self._checkpoint_seconds,
+        )
+        try:
+            return self._result(run_lease(job, on_progress, should_stop))
+        except TalkootError as err:
+            if err.code in {"non-finite-loss", "not-finite"}:
+                run.work.drop_checkpoint()
+                run.work.sweep()
+            raise
+
+    def _parameters(self) -> torch.nn.Module:
+        """The model, its parameters unset."""
+        if self._model is None:
+            self._model = build_model(self._opened.config, seed=None, device=self._device)
+        return self._model
+
+    def _result(self, done: LeaseResult) -> dict[str, Any]:
+        path = self._opened.work.payload_path(done.lease_id)
+        return {
+            "payload_path": str(path),
+            "digest": done.digest,
+            "size": done.size,
+            "tokens": done.tokens,
+            "steps": done.steps,
+            "loss": done.loss,
+            "training_seconds": done.training_seconds,
+        }
+
+    def settle(self, lease_id: str, accepted: bool) -> dict[str, Any]:
+        """Close a lease: ``{"settled"}``, false when there is nothing (left) to settle.
+
+        An accepted payload is dropped. A refused one goes back into the error feedback first, so
+        that the next contribution carries it. A lease in progress is given up.
+        """
+        run = self._opened
+        work, state = run.work, run.work.state
+        if state.done is None or state.done.lease_id != lease_id:
+            if work.checkpoint is not None and work.checkpoint.lease_id == lease_id:
+                work.drop_checkpoint()
+                work.sweep()
+                return {"settled": True}
+            return {"settled": False}
+        feedback = state.feedback
+        if not accepted:
+            feedback = self._give_back(state)
+        work.commit(state.model_copy(update={"feedback": feedback, "done": None}))
+        return {"settled": True}
+
+    def _give_back(self, state: State) -> str:
+        """Feedback plus what was sent, as a new file; its name."""
+        run = self._opened
+        assert state.done is not None
+        assert state.feedback is not None
+        manifest = run.manifest.as_float32()
+        kept = WeightsReader(run.work.path(state.feedback), manifest)
+        path = run.work.payload_path(state.done.lease_id)
+        name = run.work.fresh("feedback")
+        payload = PayloadReader(path, run.manifest, run.spec.uplink)
+        with WeightsWriter(run.work.path(name), manifest) as writer:
+            for spec in manifest.tensors:
+                whole = kept.get(spec.name).reshape(-1)
+                payload.decode(spec.name).add_to_(whole)
+                writer.add(spec.name, whole.reshape(spec.shape))
+        return name
+
+    def published_model(self) -> torch.nn.Module:
+        """The model with the published weights loaded: for evaluation and for export."""
+        published = self._opened.work.state.published
+        if published is None:
+            raise StateError("There is no replica yet: sync first.", code="no-replica")
+        model = self._parameters()
+        load_weights(model, self._reader(published))
+        return model
+
+
+def _choose_device(name: str | None) -> torch.device:
+    if name is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as err:
+        raise CapacityError(
+            f"torch knows no device named {name!r}: use cpu, cuda, mps or xpu.", code="no-device"
+        ) from err
+
+
+def _replica(published: Published | None) -> dict[str, Any]:
+    if published is None:
+        return {"version": None, "weights_digest": None}
+    return {"version": published.version, "weights_digest": published.digest}
+
+
+def _artifact(path: Path, digest: str) -> bytes:
+    """A JSON artifact, whole, if it has its digest."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limits.MAX_JSON_ARTIFACT + 1)
+    except OSError as err:
+        raise explain_os_error(err, "reading an artifact", path) from err
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise IntegrityError(
+            f"{path} is not the file that the run names: delete it and fetch it anew."
+        )
+    return data

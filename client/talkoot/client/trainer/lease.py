@@ -1,0 +1,215 @@
+"""One lease: inner steps from the published weights, checkpoints on the way, then the payload.
+
+A torch module. Everything that decides a float is in the checkpoint or in the task, so a lease that
+was broken off (at any step, by any signal) ends with the same bits as one that was not, on a device
+whose kernels are deterministic (the CPU with a fixed number of threads).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from talkoot.client.trainer.sequences import Sequences
+from talkoot.client.trainer.tensors import (
+    load_moments,
+    load_weights,
+    save_moments,
+    save_parameters,
+)
+from talkoot.client.trainer.workdir import Checkpoint, LeaseResult, Moments, Published, WorkDir
+from talkoot.protocol.artifacts import sha256_file
+from talkoot.protocol.codec import EncodedTensor, encode_with_feedback
+from talkoot.protocol.errors import UnavailableError
+from talkoot.protocol.inner import make_optimizer, train_step
+from talkoot.protocol.manifest import Manifest
+from talkoot.protocol.messages import RoundTask, RunSpec
+from talkoot.protocol.model import named_trainable
+from talkoot.protocol.payload import write_payload
+from talkoot.protocol.schedule import learning_rate, lease_position
+from talkoot.protocol.weights import WeightsReader, WeightsWriter
+
+Progress = Callable[[dict[str, Any]], None]
+ShouldStop = Callable[[], bool]
+
+PROGRESS_SECONDS = 0.25
+"""Reports come at most this often; the first and the last step always report."""
+
+
+@dataclass(frozen=True)
+class LeaseJob:
+    """All that a lease needs beside the two callbacks."""
+
+    spec: RunSpec
+    manifest: Manifest
+    work: WorkDir
+    model: torch.nn.Module
+    base: Published
+    task: RoundTask
+    sequences: Sequences
+    checkpoint_seconds: float
+
+
+def run_lease(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> LeaseResult:
+    """Train to the end (from the checkpoint, if there is one) and commit the result.
+
+    Raises:
+        UnavailableError: code ``"stopped"``: ``should_stop`` said so; the work is checkpointed.
+        TalkootError: code ``"non-finite-loss"``; what was trained is dropped.
+    """
+    checkpoint = _train(job, on_progress, should_stop)
+    return _encode(job, checkpoint)
+
+
+class _Progressor:
+    """Progress reports at a bearable rate."""
+
+    def __init__(self, job: LeaseJob, report: Progress, step: int) -> None:
+        self._job = job
+        self._report = report
+        self._start_tokens = job.sequences.tokens_after(step)
+        self._started = time.monotonic()
+        self._reported: float | None = None
+
+    def after(self, step: int, loss: float) -> None:
+        now = time.monotonic()
+        steps = self._job.sequences.steps
+        if self._reported is not None and step < steps and now - self._reported < PROGRESS_SECONDS:
+            return
+        self._reported = now
+        tokens = self._job.sequences.tokens_after(step) - self._start_tokens
+        self._report(
+            {
+                "step": step,
+                "steps": steps,
+                "loss": loss,
+                "tokens_per_second": tokens / max(now - self._started, 1e-9),
+            }
+        )
+
+
+def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Checkpoint:
+    """All inner steps; returns the checkpoint of the last one, which is on disk."""
+    task, sequences, inner = job.task, job.sequences, job.spec.inner
+    optimizer = make_optimizer(job.model, inner)
+    checkpoint = job.work.checkpoint
+    wanted = (task.lease.lease_id, job.base.digest, sequences.steps)
+    if checkpoint is not None and wanted != (
+        checkpoint.lease_id,
+        checkpoint.base_digest,
+        checkpoint.steps,
+    ):
+        job.work.drop_checkpoint()  # of a lease that was given up, or of another base
+        checkpoint = None
+    weights = job.base.file if checkpoint is None else checkpoint.local
+    moments = job.work.state.moments if checkpoint is None else checkpoint.moments
+    load_weights(job.model, WeightsReader(job.work.path(weights), job.manifest))
+    if moments is not None:
+        path = job.work.path(moments.file)
+        load_moments(job.model, optimizer, path, job.manifest, moments.steps)
+    moment_steps = moments.steps if moments is not None else 0
+    step, loss_sum, seconds = 0, 0.0, 0.0
+    if checkpoint is not None:
+        step, loss_sum, seconds = checkpoint.step, checkpoint.loss_sum, checkpoint.training_seconds
+
+    def save() -> Checkpoint:
+        saved = Checkpoint(
+            lease_id=task.lease.lease_id,
+            base_digest=job.base.digest,
+            step=step,
+            steps=sequences.steps,
+            loss_sum=loss_sum,
+            training_seconds=seconds,
+            local=job.work.fresh("local"),
+            moments=Moments(file=job.work.fresh("moments"), steps=moment_steps),
+        )
+        save_parameters(job.work.path(saved.local), job.manifest, job.model)
+        save_moments(job.work.path(saved.moments.file), job.manifest, job.model, optimizer)
+        job.work.save_checkpoint(saved)
+        return saved
+
+    progress = _Progressor(job, on_progress, step)
+    device = next(job.model.parameters()).device
+    saved_at = time.monotonic()
+    while step < sequences.steps:
+        if should_stop():
+            if step > (checkpoint.step if checkpoint is not None else 0):
+                save()
+            raise UnavailableError(
+                f"Training was stopped after step {step} of {sequences.steps}; it is checkpointed "
+                "and carries on from there.",
+                code="stopped",
+            )
+        ids = sequences.batch(step).to(device)
+        tokens = sequences.tokens_after(step + 1)
+        position = lease_position(task.tokens_before, task.tokens_round, tokens, sequences.tokens)
+        began = time.monotonic()
+        loss = train_step(
+            job.model,
+            optimizer,
+            ids,
+            learning_rate=learning_rate(inner, position),
+            clip_norm=inner.clip_norm,
+        )
+        now = time.monotonic()
+        seconds += now - began
+        loss_sum += loss * ids.shape[0]
+        step, moment_steps = step + 1, moment_steps + 1
+        if step == sequences.steps or now - saved_at >= job.checkpoint_seconds:
+            checkpoint = save()
+            saved_at = time.monotonic()
+        progress.after(step, loss)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def _encode(job: LeaseJob, checkpoint: Checkpoint) -> LeaseResult:
+    """Pseudo-gradient, payload, new feedback; all become current in one swap.
+
+    Whatever was written by an attempt that died is written again, from the same inputs, to the
+    same bytes.
+    """
+    work, lease_id = job.work, job.task.lease.lease_id
+    published = WeightsReader(work.path(job.base.file), job.manifest)
+    before = (
+        WeightsReader(work.path(work.state.feedback), job.manifest.as_float32())
+        if work.state.feedback is not None
+        else None
+    )
+    feedback = work.fresh("feedback")
+    payload = work.payload_path(lease_id)
+
+    with WeightsWriter(work.path(feedback), job.manifest.as_float32()) as writer:
+
+        def encoded() -> Iterator[tuple[str, EncodedTensor]]:
+            for name, parameter in named_trainable(job.model):
+                device = parameter.device
+                delta = published.get(name).to(device) - parameter.detach()
+                carried = before.get(name).to(device) if before is not None else None
+                sent, kept = encode_with_feedback(
+                    delta, carried, job.spec.uplink, job.spec.feedback_decay
+                )
+                writer.add(name, kept)
+                yield name, sent
+
+        write_payload(payload, job.manifest, job.spec.uplink, encoded(), {"lease": lease_id})
+    digest, size = sha256_file(payload)
+    result = LeaseResult(
+        lease_id=lease_id,
+        digest=digest,
+        size=size,
+        tokens=job.sequences.tokens,
+        steps=checkpoint.steps,
+        loss=checkpoint.loss_sum / job.sequences.count,
+        training_seconds=checkpoint.training_seconds,
+    )
+    work.commit(
+        work.state.model_copy(
+            update={"feedback": feedback, "moments": checkpoint.moments, "done": result}
+        )
+    )
+    return result

@@ -1,0 +1,505 @@
+"""From a signed task to an accepted contribution: everything a node does in a round.
+
+The worker has no opinion on where tasks come from (``daemon.py`` over Flower, a stock SuperNode, a
+resumed lease) and no torch: weights are the trainer child's business. Every step can be done again:
+after a crash the same task leads to the same contribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from talkoot.client.enrol import Enrolment
+from talkoot.client.home import Counters, Home
+from talkoot.client.pace import Meter, TransferOptions
+from talkoot.client.trainer_host import TrainerHost
+from talkoot.client.transfer import TransferClient
+from talkoot.protocol.artifacts import ArtifactStore
+from talkoot.protocol.corpus import CorpusManifest, block_digest
+from talkoot.protocol.errors import (
+    IntegrityError,
+    ProtocolError,
+    RefusedError,
+    TalkootError,
+    UnavailableError,
+    VersionError,
+)
+from talkoot.protocol.identity import NodeKey, load_public_key, verify
+from talkoot.protocol.limits import MAX_JSON_ARTIFACT, PROTOCOL_VERSION
+from talkoot.protocol.messages import (
+    ArtifactRef,
+    Contribution,
+    NodeReport,
+    NodeReportReply,
+    Proof,
+    ProofChallenge,
+    RoundTask,
+    RunSpec,
+    Signed,
+    Verdict,
+    VersionRef,
+    canonical_bytes,
+    parse,
+)
+
+log = logging.getLogger(__name__)
+
+State = Literal["idle", "syncing", "proving", "training", "pushing", "paused"]
+
+MAX_RETRY_SECONDS = 5.0
+REPLICA_DIFFERS = "replica-differs"
+
+
+class Worker:
+    """One enrolled node at work.
+
+    Args:
+        home: its directory.
+        trainer: the child that owns the device; the caller closes it.
+        say: tells the volunteer one line.
+    """
+
+    def __init__(
+        self, home: Home, trainer: TrainerHost, say: Callable[[str], None] = log.info
+    ) -> None:
+        self.home = home
+        self.trainer = trainer
+        self.enrolment = Enrolment.load(home.enrolment)
+        self.key = NodeKey.load(home.key)
+        self._say = say
+        self._settings = home.settings()
+        self.counters: Counters = home.counters()
+        self.meter = Meter(self.counters.bytes_up, self.counters.bytes_down)
+        enrolment = self.enrolment
+        host = f"[{enrolment.host}]" if ":" in enrolment.host else enrolment.host
+        self.transfer = TransferClient(
+            f"{host}:{enrolment.transfer_port}",
+            enrolment.ca_pem.encode("ascii"),
+            enrolment.certificate_pem.encode("ascii"),
+            self.key.private_pem(),
+            meter=self.meter,
+            options=TransferOptions(
+                max_rate_up=self._settings.max_rate_up, max_rate_down=self._settings.max_rate_down
+            ),
+        )
+        self._coordinator_key = load_public_key(enrolment.coordinator_key_pem.encode("ascii"))
+        self._store = ArtifactStore(home.store)
+        self._spec: RunSpec | None = None
+        self._corpus: CorpusManifest | None = None
+        self._index = b""
+        self._started_unix = time.time()
+        self._stop = threading.Event()
+        self._closed_leases: set[str] = set()
+        # What the reporter tells; single assignments, read by another thread.
+        self.state: State = "idle"
+        self.lease_id: str | None = None
+        self.version: int | None = None
+        self.weights_digest: str | None = None
+        self.step = 0
+        self.steps = 0
+        self.loss: float | None = None
+        self.tokens_per_second = 0.0
+        self.reply: NodeReportReply | None = None
+
+    # Stopping -------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End what is going on at the next step, checkpointed."""
+        self._stop.set()
+
+    def should_stop(self) -> bool:
+        """Whether work should end now: asked to stop, paused, or the lease was closed."""
+        if self._stop.is_set() or self.home.pause.exists():
+            return True
+        return self.lease_id is not None and self.lease_id in self._closed_leases
+
+    def close(self) -> None:
+        """Close the connection and save what lasts."""
+        self._stop.set()
+        self.transfer.close()
+        self.save_counters()
+
+    def save_counters(self, **changes: Any) -> None:
+        """Save what lasts beyond this process."""
+        meter = {"bytes_up": self.meter.bytes_up, "bytes_down": self.meter.bytes_down}
+        self.counters = self.counters.model_copy(update={**meter, **changes})
+        self.home.save(self.home.counters_path, self.counters)
+
+    # Getting ready --------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> RunSpec:
+        """What is trained. Raises before :meth:`prepare`."""
+        if self._spec is None:
+            raise RuntimeError("the worker is not prepared")
+        return self._spec
+
+    def prepare(self) -> None:
+        """Learn what is trained, and let the trainer build the model; harmless to do again."""
+        if self._spec is not None:
+            return
+        signed = self.transfer.run_spec()
+        spec = verify(signed, "RunSpec", self._coordinator_key, RunSpec)
+        if spec.protocol != PROTOCOL_VERSION:
+            raise VersionError(
+                f"The run speaks protocol {spec.protocol} and this node {PROTOCOL_VERSION}: "
+                "upgrade the older of the two."
+            )
+        digest = hashlib.sha256(signed.body.encode("ascii")).hexdigest()
+        if self.counters.run_spec_sha256 not in (None, digest):
+            raise IntegrityError(
+                "The coordinator offers another run than the one that this node joined: leave with "
+                "'talkoot leave' and join the new one with its own invite.",
+                code="other-run",
+            )
+        self.save_counters(run_spec_sha256=digest)
+        model_config = self._fetch_json(spec.model)
+        manifest = self._fetch_json(spec.manifest)
+        corpus_path = self._fetch_json(spec.corpus)
+        corpus = parse(CorpusManifest, corpus_path.read_bytes(), cap=MAX_JSON_ARTIFACT)
+        self._index = self._fetch(corpus.blocks_index).read_bytes()
+        self.trainer.call(
+            "open",
+            spec=spec.model_dump(mode="json"),
+            model_config_path=str(model_config),
+            manifest_path=str(manifest),
+            corpus_path=str(corpus_path),
+        )
+        self._corpus = corpus
+        self._spec = spec
+
+    def _fetch(self, ref: ArtifactRef) -> Path:
+        return self.transfer.fetch(ref, self._store, should_stop=self.should_stop)
+
+    def _fetch_json(self, ref: ArtifactRef) -> Path:
+        if ref.size_bytes > MAX_JSON_ARTIFACT:
+            raise ProtocolError(f"A document of {ref.size_bytes} bytes is over its cap.")
+        return self._fetch(ref)
+
+    def prove(self, capability: Callable[[], Any]) -> Verdict:
+        """Take real training steps on a fresh challenge, and let the coordinator judge them."""
+        self.state = "proving"
+        try:
+            challenge = parse(ProofChallenge, self.transfer.challenge())
+            done = self.trainer.call("prove", nonce=challenge.nonce, steps=challenge.steps)
+            proof = Proof(
+                run_id=self.spec.run_id,
+                node_id=self.enrolment.node_id,
+                nonce=challenge.nonce,
+                recipe=done["recipe"],
+                steps=challenge.steps,
+                loss=done["loss"],
+                peak_bytes=done["peak_bytes"],
+                predicted_bytes=done["predicted_bytes"],
+                tokens_per_second=done["tokens_per_second"],
+                capability=capability(),
+            )
+            return self.transfer.prove(self.key.sign("Proof", canonical_bytes(proof)))
+        finally:
+            self.state = "idle"
+
+    # A lease --------------------------------------------------------------------------------------
+
+    def execute(self, signed: Signed) -> Verdict:
+        """Do one task from end to end and return what the coordinator said of it.
+
+        Raises:
+            ProtocolError, IntegrityError: the task is not one that this node should do.
+            UnavailableError: stopped, or paused; the lease is kept and can be resumed.
+        """
+        self.prepare()
+        task = verify(signed, "RoundTask", self._coordinator_key, RoundTask)
+        self._check(task)
+        lease = task.lease
+        if lease.lease_id in self._closed_leases:
+            return Verdict(accepted=False, code="late", sentence="That lease was closed.")
+        self._settle_earlier(lease.lease_id)
+        self.lease_id = lease.lease_id
+        try:
+            self.state = "syncing"
+            self._sync(task.base)
+            self.state = "training"
+            blocks = [self._fetch(self._block(ref.block)) for ref in lease.blocks]
+            result = self.trainer.call(
+                "train",
+                on_progress=self._progress,
+                should_stop=self.should_stop,
+                task=task.model_dump(mode="json"),
+                blocks=[str(path) for path in blocks],
+            )
+            self.state = "pushing"
+            verdict = self._deliver(task, result)
+        except UnavailableError as err:
+            if err.code != "stopped" or lease.lease_id not in self._closed_leases:
+                raise
+            verdict = self._final_word(lease.lease_id)
+        finally:
+            self.lease_id = None
+            self.state = "idle"
+        self._settle(lease.lease_id, verdict.accepted)
+        if verdict.accepted:
+            self._say(f"Round {task.round}: accepted, loss {self.loss or 0.0:.4f}.")
+        else:
+            self._say(f"Round {task.round}: {verdict.sentence}")
+        self.save_counters(
+            newest_round=max(self.counters.newest_round, task.round),
+            contributions=self.counters.contributions + int(verdict.accepted),
+        )
+        self._sweep(task)
+        return verdict
+
+    def _check(self, task: RoundTask) -> None:
+        lease = task.lease
+        mine = lease.node_id == self.enrolment.node_id
+        if task.run_id != self.spec.run_id or lease.run_id != task.run_id or not mine:
+            raise IntegrityError("The task is for another node or run.", code="wrong-task")
+        if lease.round != task.round or task.round < self.counters.newest_round:
+            raise IntegrityError(
+                f"The task is for round {task.round}, which this node has left behind.",
+                code="replayed-task",
+            )
+        base = task.base
+        if base.version - base.checkpoint_version != len(base.updates):
+            raise ProtocolError("The task's chain of updates is not whole.", code="malformed")
+        assert self._corpus is not None
+        if any(ref.block >= self._corpus.block_count for ref in lease.blocks):
+            raise ProtocolError("The task names blocks that do not exist.", code="malformed")
+        if lease.tokens != len(lease.blocks) * self._corpus.block_tokens:
+            raise ProtocolError("The task's tokens are not those of its blocks.", code="malformed")
+
+    def _block(self, number: int) -> ArtifactRef:
+        assert self._corpus is not None
+        return ArtifactRef(
+            digest=block_digest(self._index, number), size_bytes=self._corpus.block_bytes
+        )
+
+    def _progress(self, report: dict[str, Any]) -> None:
+        self.step = int(report.get("step", self.step))
+        self.steps = int(report.get("steps", self.steps))
+        loss = report.get("loss")
+        self.loss = float(loss) if loss is not None else self.loss
+        self.tokens_per_second = float(report.get("tokens_per_second", 0.0))
+
+    # Sync -----------------------------------------------------------------------------------------
+
+    def _sync(self, base: VersionRef) -> None:
+        """Bring the replica to the published version; a wrong one is healed from a checkpoint."""
+        held = self.trainer.call("state")
+        local = held["version"]
+        usable = local is not None and base.checkpoint_version <= local <= base.version
+        try:
+            self._sync_from(base, local if usable else None)
+        except TalkootError as err:
+            if err.code != REPLICA_DIFFERS or not usable:
+                raise
+            self._say("The replica differs from what is published; fetching a checkpoint anew.")
+            self._sync_from(base, None)
+            self.save_counters(healed=self.counters.healed + 1)
+
+    def _sync_from(self, base: VersionRef, local: int | None) -> None:
+        checkpoint = None
+        start = local
+        if local is None:
+            start = base.checkpoint_version
+            checkpoint = {"version": start, "path": str(self._fetch(base.checkpoint))}
+        assert start is not None
+        updates = base.updates[start - base.checkpoint_version :]
+        done = self.trainer.call(
+            "sync",
+            target={"version": base.version, "weights_digest": base.weights_digest},
+            checkpoint=checkpoint,
+            updates=[str(self._fetch(ref)) for ref in updates],
+        )
+        self.version = int(done["version"])
+        self.weights_digest = str(done["weights_digest"])
+
+    # Delivery -------------------------------------------------------------------------------------
+
+    def _deliver(self, task: RoundTask, result: dict[str, Any]) -> Verdict:
+        payload = ArtifactRef(digest=result["digest"], size_bytes=result["size"])
+        contribution = Contribution(
+            run_id=task.run_id,
+            round=task.round,
+            lease_id=task.lease.lease_id,
+            node_id=self.enrolment.node_id,
+            base_weights_digest=task.base.weights_digest,
+            payload=payload,
+            tokens=result["tokens"],
+            steps=result["steps"],
+            loss=result["loss"],
+            training_seconds=result["training_seconds"],
+        )
+        signed = self.key.sign("Contribution", canonical_bytes(contribution))
+        self.loss = float(result["loss"])
+        self.home.save(self.home.pending, signed)
+        return self._persist(
+            lambda: self._push_and_submit(task.lease.lease_id, payload, result, signed)
+        )
+
+    def _push_and_submit(
+        self, lease_id: str, payload: ArtifactRef, result: dict[str, Any], signed: Signed
+    ) -> Verdict:
+        try:
+            self.transfer.push(
+                lease_id, payload, Path(result["payload_path"]), should_stop=self.should_stop
+            )
+            return self.transfer.submit(signed)
+        except RefusedError as err:
+            if err.code == "not-pushed":
+                raise UnavailableError("The upload was lost; pushing again.") from err
+            return Verdict(accepted=False, code=err.code, sentence=err.sentence)
+
+    def _settle(self, lease_id: str, accepted: bool) -> None:
+        """Let the trainer drop a lease; a refused payload goes back into the feedback buffer."""
+        self.trainer.call("settle", lease_id=lease_id, accepted=accepted)
+        self.home.pending.unlink(missing_ok=True)
+
+    def _final_word(self, lease_id: str) -> Verdict:
+        """What became of a lease that is closed: its acceptance may only not have reached us."""
+        late = Verdict(accepted=False, code="late", sentence="The round was closed without it.")
+        try:
+            signed = parse(Signed, self.home.pending.read_bytes())
+            claim = parse(Contribution, signed.body.encode("ascii", "replace"))
+            if claim.lease_id != lease_id:
+                return late
+            return self.transfer.submit(signed)
+        except (FileNotFoundError, ProtocolError, RefusedError):
+            return late
+
+    def _settle_earlier(self, lease_id: str) -> None:
+        """Settle a lease that an earlier process left open; another one is due now."""
+        held = self.trainer.call("state")["lease"]
+        if held is not None and held["lease_id"] != lease_id:
+            self._settle(held["lease_id"], self._final_word(held["lease_id"]).accepted)
+
+    def _persist(self, action: Callable[[], Verdict]) -> Verdict:
+        """Try until it is done, or the work should stop: an outage costs patience, not work."""
+        pause = 0.25
+        while True:
+            try:
+                return action()
+            except UnavailableError as err:
+                if self.should_stop():
+                    raise UnavailableError(
+                        "Stopped before the contribution was delivered.", code="stopped"
+                    ) from err
+                self._say(f"{err.sentence} Trying again in {pause:.1f} s; the work is kept.")
+                self._stop.wait(pause)
+                pause = min(MAX_RETRY_SECONDS, 2 * pause)
+
+    def _sweep(self, task: RoundTask) -> None:
+        """Drop what this node does not need any more; it can be fetched again."""
+        spec = self.spec
+        assert self._corpus is not None
+        keep = {
+            spec.model.digest,
+            spec.manifest.digest,
+            spec.corpus.digest,
+            self._corpus.blocks_index.digest,
+            *(ref.digest for ref in task.base.updates[-1:]),
+        }
+        self._store.sweep(keep)
+
+    # Reports --------------------------------------------------------------------------------------
+
+    def report(self) -> NodeReportReply:
+        """Tell the coordinator what goes on, and hear what it says."""
+        lease_id = self.lease_id
+        reply = self.transfer.report(
+            NodeReport(
+                state="paused" if self.home.pause.exists() else self.state,
+                version=self.version,
+                weights_digest=self.weights_digest,
+                lease_id=lease_id,
+                step=self.step,
+                steps=self.steps,
+                loss=self.loss,
+                tokens_per_second=self.tokens_per_second,
+                bytes_up=self.meter.bytes_up,
+                bytes_down=self.meter.bytes_down,
+                healed=self.counters.healed,
+                started_unix=self._started_unix,
+            )
+        )
+        if lease_id is not None and not reply.lease_open:
+            self._closed_leases.add(lease_id)
+        self.reply = reply
+        return reply
+
+
+class Reporter:
+    """Reports in the background, as often as the coordinator asks for."""
+
+    def __init__(self, worker: Worker, tell: Callable[[NodeReportReply | None], None]) -> None:
+        self._worker = worker
+        self._tell = tell
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        pause = 1.0
+        while True:
+            try:
+                reply = self._worker.report()
+                pause = reply.report_seconds
+                self._tell(reply)
+            except TalkootError as err:
+                log.info("report: %s", err.sentence)
+                self._tell(None)
+            if self._stop.wait(pause):
+                return
+
+
+_current: Worker | None = None
+
+
+def set_current(worker: Worker | None) -> None:
+    """Let the daemon lend its worker to the ClientApp in the same process."""
+    global _current
+    _current = worker
+
+
+@contextmanager
+def worker_for(home: str) -> Iterator[Worker]:
+    """The daemon's worker, or one of our own under a stock SuperNode."""
+    path = Path(home).expanduser().absolute()
+    if _current is not None:
+        if _current.home.root != path:
+            raise ProtocolError("The message came to another node's home.")
+        yield _current
+        return
+    node = Home(path)
+    node.require()
+    settings = node.settings()
+    with TrainerHost(
+        node.work,
+        settings.device,
+        settings.threads,
+        node.logs / "trainer.log",
+        checkpoint_seconds=settings.checkpoint_seconds,
+    ) as trainer:
+        trainer.start()
+        worker = Worker(node, trainer)
+        reporter = Reporter(worker, lambda _reply: None)
+        reporter.start()
+        try:
+            yield worker
+        finally:
+            reporter.close()
+            worker.close()

@@ -1,0 +1,199 @@
+"""An update as a file: a safetensors container with one byte tensor (U8) per parameter tensor.
+
+Uplink and downlink use the same container. Each entry is what :meth:`EncodedTensor.to_bytes` makes
+of the tensor, so that a reader decodes tensor by tensor and never holds more than one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import torch
+
+from talkoot.protocol import limits
+from talkoot.protocol.codec import (
+    EncodedTensor,
+    SparseTensor,
+    decode_tensor,
+    max_encoded_bytes,
+)
+from talkoot.protocol.errors import ProtocolError, VersionError
+from talkoot.protocol.files import atomic_writer, explain_os_error
+from talkoot.protocol.manifest import Manifest
+from talkoot.protocol.messages import CodecSpec
+from talkoot.protocol.tensorfile import Entry, TensorFile, build_header
+
+CODEC_VERSION: Final = "1"
+_CODEC_KEY: Final = "talkoot_codec"
+_MALFORMED: Final = "payload-malformed"
+
+
+@dataclass(frozen=True)
+class PayloadFacts:
+    """What decoding a whole payload once tells."""
+
+    l2_norm: float
+    """Of the decoded update."""
+    values: int
+    """Values that were sent."""
+    bits_per_parameter: float
+    """The whole file over all parameters of the manifest."""
+    file_bytes: int
+
+
+def max_payload_bytes(manifest: Manifest, spec: CodecSpec) -> int:
+    """The size that no honest payload exceeds: a cap for who receives one."""
+    encoded = sum(max_encoded_bytes(tensor.numel, spec) for tensor in manifest.tensors)
+    return min(limits.MAX_ARTIFACT, 8 + limits.MAX_SAFETENSORS_HEADER + encoded)
+
+
+def write_payload(
+    path: Path,
+    manifest: Manifest,
+    spec: CodecSpec,
+    items: Iterable[tuple[str, EncodedTensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a payload atomically.
+
+    ``items`` may come in any order and is consumed once; the *encoded* bytes of all tensors are
+    held until the header can be written. The same items give the same bytes.
+
+    Raises:
+        ProtocolError: the items are not the manifest's tensors, each once.
+        CapacityError: the disk is full.
+        StateError: the path cannot be written.
+    """
+    blobs: dict[str, bytes] = {}
+    for name, encoded in items:
+        numel = manifest.spec(name).numel
+        blob = encoded.to_bytes()
+        if name in blobs or encoded.numel != numel or len(blob) > max_encoded_bytes(numel, spec):
+            raise ProtocolError(
+                f"Tensor {name} is in the payload twice, or is not encoded as the run's manifest "
+                "and codec say.",
+                code="manifest-mismatch",
+            )
+        blobs[name] = blob
+    missing = manifest.index.keys() - blobs.keys()
+    if missing:
+        raise ProtocolError(
+            f"The payload lacks {len(missing)} tensors, {min(missing)} among them.",
+            code="manifest-mismatch",
+        )
+    entries = [
+        Entry(tensor.name, "U8", (len(blobs[tensor.name]),), len(blobs[tensor.name]))
+        for tensor in manifest.tensors
+    ]
+    header = build_header(entries, {**metadata, _CODEC_KEY: CODEC_VERSION})
+    try:
+        with atomic_writer(path) as file:
+            file.write(header)
+            for entry in entries:
+                file.write(blobs[entry.name])
+    except OSError as err:
+        raise explain_os_error(err, "writing an update", path) from err
+
+
+class PayloadReader:
+    """A payload whose header and sizes have been checked; tensors are read when asked for.
+
+    Raises :class:`ProtocolError` (code ``payload-malformed``) for a file that is not a payload of
+    this manifest and codec, :class:`VersionError` for another codec version, :class:`StateError`
+    when it cannot be read. No file stays open between calls; as a context manager it does nothing
+    more than mark the extent of its use.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, spec: CodecSpec) -> None:
+        self._manifest = manifest
+        self._spec = spec
+        self._file = TensorFile(
+            path, manifest.index, size_cap=max_payload_bytes(manifest, spec), code=_MALFORMED
+        )
+        version = self._file.metadata.get(_CODEC_KEY)
+        if version != CODEC_VERSION:
+            raise VersionError(
+                f"{path.name} is written in codec version {str(version)[:16]}, but this software "
+                f"reads version {CODEC_VERSION}: update the older side.",
+                code="codec-version",
+            )
+        for tensor, dtype, shape in zip(
+            manifest.tensors, self._file.dtypes, self._file.shapes, strict=True
+        ):
+            _, length = self._file.span(tensor.name)
+            if dtype != "U8" or shape != (length,):
+                raise self._file.wrong_entry(tensor.name, "is not a byte tensor")
+            most = max_encoded_bytes(tensor.numel, spec)
+            if length > most or (spec.kind == "dense" and length != most):
+                raise self._file.wrong_entry(tensor.name, f"has {length} bytes, {most} allowed")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return self._file.size_bytes
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The strings that its writer put beside the tensors: claims, not facts."""
+        return dict(self._file.metadata)
+
+    def names(self) -> tuple[str, ...]:
+        """All tensors, in manifest order."""
+        return tuple(tensor.name for tensor in self._manifest.tensors)
+
+    def encoded(self, name: str) -> EncodedTensor:
+        """One tensor as it travelled."""
+        numel = self._manifest.spec(name).numel
+        return EncodedTensor.from_bytes(self._file.read(name).tobytes(), numel, self._spec)
+
+    def decode(self, name: str, device: torch.device | str = "cpu") -> SparseTensor:
+        """The values of one tensor. Raises :class:`ProtocolError` when its bytes make no sense."""
+        return decode_tensor(
+            self.encoded(name), self._manifest.spec(name).numel, self._spec, device
+        )
+
+    def sparse_norms(self) -> dict[str, float]:
+        """The l2 norm of every tensor's update, in manifest order. Decodes the whole payload."""
+        return {name: math.sqrt(tensor.sum_of_squares()) for name, tensor in self._decoded()}
+
+    def _decoded(self) -> Iterator[tuple[str, SparseTensor]]:
+        for name in self.names():
+            yield name, self.decode(name)
+
+    def facts(self) -> PayloadFacts:
+        """Decode everything once, tensor by tensor."""
+        squares, values = 0.0, 0
+        for _, tensor in self._decoded():
+            squares += tensor.sum_of_squares()
+            values += tensor.values.numel()
+        return PayloadFacts(
+            l2_norm=math.sqrt(squares),
+            values=values,
+            bits_per_parameter=8 * self.size_bytes / self._manifest.parameters,
+            file_bytes=self.size_bytes,
+        )
+
+    def __enter__(self) -> PayloadReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        return None
+
+
+def verify_payload(path: Path, manifest: Manifest, spec: CodecSpec) -> PayloadFacts:
+    """Check a payload whole: container, sizes, indices, finiteness of every value.
+
+    Raises :class:`ProtocolError` for a payload that must not be aggregated. One tensor is held at
+    a time.
+    """
+    return PayloadReader(path, manifest, spec).facts()

@@ -1,0 +1,122 @@
+"""Proof of capacity: real training steps that the coordinator can repeat.
+
+The challenge is a nonce. It decides the initial weights and the tokens, so a node cannot know the
+loss without doing the work, and the coordinator gets the same loss from the same nonce (up to
+rounding: another device sums in another order). torch is imported when the steps run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from talkoot.protocol.errors import ProtocolError
+from talkoot.protocol.messages import InnerSpec
+from talkoot.protocol.schedule import learning_rate
+
+if TYPE_CHECKING:
+    import torch
+
+NONCE: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
+MAX_PROOF_STEPS: Final = 64
+MAX_PROOF_TOKENS: Final = 2**26
+"""Tokens that one proof may draw: they are drawn at once, 12 bytes each."""
+
+
+def proof_seed(nonce: str) -> int:
+    """Seed of the initial weights: the nonce as a number, below 2**63."""
+    return int(nonce, 16) % 2**63
+
+
+def proof_tokens(
+    nonce: str, *, steps: int, micro_batch: int, sequence_length: int, vocabulary: int
+) -> npt.NDArray[np.int64]:
+    """Uniform tokens of a nonce: (steps, micro_batch, sequence_length) int64.
+
+    SHAKE-256 of ``b"talkoot proof\\0" + nonce`` read as little-endian uint32, modulo the
+    vocabulary. The bias of the modulo is below ``vocabulary / 2**32``. The same on every platform.
+
+    Raises:
+        ProtocolError: not a nonce, or more steps or tokens than a proof may have.
+    """
+    if NONCE.fullmatch(nonce) is None:
+        raise ProtocolError("A proof's nonce is 32 hexadecimal digits.", code="bad-nonce")
+    count = steps * micro_batch * sequence_length
+    if not 1 <= steps <= MAX_PROOF_STEPS or count > MAX_PROOF_TOKENS:
+        raise ProtocolError(
+            f"A proof of {steps} steps with {count} tokens is over the caps of {MAX_PROOF_STEPS} "
+            f"steps and {MAX_PROOF_TOKENS} tokens.",
+            code="proof-too-large",
+        )
+    stream = hashlib.shake_256(b"talkoot proof\0" + nonce.encode("ascii")).digest(4 * count)
+    ids = np.frombuffer(stream, dtype="<u4").astype(np.int64) % vocabulary
+    return ids.reshape(steps, micro_batch, sequence_length)
+
+
+def proof_steps(
+    config: dict[str, Any],
+    nonce: str,
+    *,
+    sequence_length: int,
+    micro_batch: int,
+    inner: InnerSpec,
+    steps: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[float]:
+    """Train from the nonce's weights on the nonce's tokens and yield the loss of each step.
+
+    The recipe is "fp32-adamw" at full sequence and micro-batch, with the run's inner optimizer at
+    the schedule's peak rate (no warm-up), so that the moments are allocated and used.
+
+    Raises:
+        ProtocolError: the config is refused, or the proof is over its caps.
+        TalkootError: code ``"non-finite-loss"``.
+    """
+    import torch
+
+    from talkoot.protocol.inner import make_optimizer, train_step
+    from talkoot.protocol.model import build_model
+
+    tokens = proof_tokens(
+        nonce,
+        steps=steps,
+        micro_batch=micro_batch,
+        sequence_length=sequence_length,
+        vocabulary=int(config["vocab_size"]),
+    )
+    model = build_model(config, seed=proof_seed(nonce), device=device)
+    optimizer = make_optimizer(model, inner)
+    rate = learning_rate(inner, inner.warmup_tokens)
+    for batch in tokens:
+        ids = torch.from_numpy(batch).to(device)
+        yield train_step(model, optimizer, ids, learning_rate=rate, clip_norm=inner.clip_norm)
+
+
+def proof_loss(
+    config: dict[str, Any],
+    nonce: str,
+    *,
+    sequence_length: int,
+    micro_batch: int,
+    inner: InnerSpec,
+    steps: int = 2,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Mean loss of :func:`proof_steps`, in nats per token: what ``Proof.loss`` must be near."""
+    losses = list(
+        proof_steps(
+            config,
+            nonce,
+            sequence_length=sequence_length,
+            micro_batch=micro_batch,
+            inner=inner,
+            steps=steps,
+            device=device,
+        )
+    )
+    return sum(losses) / len(losses)

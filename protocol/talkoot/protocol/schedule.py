@@ -1,0 +1,43 @@
+"""The inner learning rate as a function of tokens. Pure.
+
+The clock of the schedule is the whole network's tokens, not a node's steps: a node that joins late,
+or is slow, trains at the rate that everybody else has reached.
+"""
+
+from __future__ import annotations
+
+import math
+
+from talkoot.protocol.messages import InnerSpec
+
+
+def learning_rate(spec: InnerSpec, tokens: float) -> float:
+    """The rate at ``tokens`` tokens of the whole network.
+
+    Linear from zero over ``warmup_tokens``, then half a cosine down to ``learning_rate *
+    final_learning_rate_ratio`` at ``total_tokens``, and that value from there on (SGDR,
+    arXiv 1608.03983, eq. 5, one period). ``total_tokens`` of 0 keeps the peak for ever.
+    """
+    peak = spec.learning_rate
+    if tokens < spec.warmup_tokens:
+        return peak * max(tokens, 0.0) / spec.warmup_tokens
+    if spec.total_tokens == 0:
+        return peak
+    span = spec.total_tokens - spec.warmup_tokens
+    if span <= 0:
+        return peak * spec.final_learning_rate_ratio
+    progress = min((tokens - spec.warmup_tokens) / span, 1.0)
+    ratio = spec.final_learning_rate_ratio
+    return peak * (ratio + (1.0 - ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def lease_position(
+    tokens_before: int, tokens_round: int, lease_tokens_done: int, lease_tokens: int
+) -> float:
+    """Where the network is when a node has done ``lease_tokens_done`` of its ``lease_tokens``.
+
+    All leases of a round are sized to end together, so a fraction of one lease stands for the same
+    fraction of the round. A step is given the position it *ends* at: the first step of a warm-up
+    then has a rate above zero.
+    """
+    return tokens_before + tokens_round * (lease_tokens_done / lease_tokens)

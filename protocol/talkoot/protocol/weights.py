@@ -1,0 +1,201 @@
+"""Dense weights as safetensors files, tensor by tensor: write, read, and apply an update.
+
+A file made here loads with ``safetensors.torch.load_file``. Peak memory is set by the largest
+tensor and not by the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Final
+
+import torch
+from torch import Tensor
+
+from talkoot.protocol import limits
+from talkoot.protocol.codec import SparseTensor
+from talkoot.protocol.errors import ProtocolError
+from talkoot.protocol.files import atomic_writer, explain_os_error
+from talkoot.protocol.manifest import (
+    ITEM_BYTES,
+    Manifest,
+    check_tensor,
+    digest_of_table,
+    digest_table,
+    raw_slabs,
+)
+from talkoot.protocol.messages import CodecSpec
+from talkoot.protocol.payload import PayloadReader
+from talkoot.protocol.tensorfile import Entry, TensorFile, build_header
+
+_WIRE_DTYPE: Final = {"float32": "F32", "bfloat16": "BF16"}
+_TORCH_DTYPE: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class WeightsWriter:
+    """Write dense weights one tensor at a time; the file appears whole or not at all.
+
+    Use as a context manager and :meth:`add` every tensor of the manifest once, in any order. The
+    digest is computed on the way. Leaving the block with a tensor missing raises
+    :class:`ProtocolError` and leaves no file; a full disk raises :class:`CapacityError`.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._path = path
+        self._manifest = manifest
+        self._table: dict[str, str] = {}
+        self._stack = contextlib.ExitStack()
+        self._file: BinaryIO | None = None
+        # Wide elements first, as safetensors does: every tensor is then aligned to its element.
+        ordered = sorted(manifest.tensors, key=lambda spec: -ITEM_BYTES[spec.dtype])
+        entries = [
+            Entry(spec.name, _WIRE_DTYPE[spec.dtype], spec.shape, spec.size_bytes)
+            for spec in ordered
+        ]
+        self._header = build_header(entries, {"format": "pt"})
+        self._offsets: dict[str, int] = {}
+        offset = len(self._header)
+        for entry in entries:
+            self._offsets[entry.name] = offset
+            offset += entry.size
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, which must have the manifest's shape and dtype."""
+        if self._file is None:
+            raise ValueError("WeightsWriter.add is for use inside its with block")
+        check_tensor(self._manifest.spec(name), tensor)
+        if name in self._table:
+            raise ProtocolError(f"Tensor {name} was written twice.", code="manifest-mismatch")
+        sha = hashlib.sha256()  # of the tensor, as manifest.tensor_digest has it
+        try:
+            if not self._table:
+                self._file.write(self._header)
+            self._file.seek(self._offsets[name])
+            for slab in raw_slabs(tensor):
+                sha.update(slab)
+                self._file.write(slab)
+        except OSError as err:
+            raise explain_os_error(err, "writing weights", self._path) from err
+        self._table[name] = sha.hexdigest()
+
+    @property
+    def weights_digest(self) -> str:
+        """Digest of all weights, once every tensor has been added."""
+        return digest_of_table(self._manifest, self._table)
+
+    def __enter__(self) -> WeightsWriter:
+        try:
+            self._file = self._stack.enter_context(atomic_writer(self._path))
+        except OSError as err:
+            raise explain_os_error(err, "writing weights", self._path) from err
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file = None
+        missing = self._manifest.index.keys() - self._table.keys()
+        if value is None and missing:
+            unfinished = ProtocolError(
+                f"{len(missing)} tensors were not written, {min(missing)} among them.",
+                code="manifest-mismatch",
+            )
+            with contextlib.suppress(ProtocolError):  # the stack gives back what it was given
+                self._stack.__exit__(type(unfinished), unfinished, None)
+            raise unfinished
+        try:
+            self._stack.__exit__(kind, value, traceback)
+        except OSError as err:
+            raise explain_os_error(err, "writing weights", self._path) from err
+
+
+class WeightsReader:
+    """Dense weights whose header has been held against the manifest.
+
+    Raises :class:`ProtocolError` (code ``weights-malformed``) when the file is not the manifest's,
+    :class:`StateError` when it cannot be read. No file stays open between calls.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._manifest = manifest
+        dense = sum(spec.size_bytes for spec in manifest.tensors)
+        self._file = TensorFile(
+            path,
+            manifest.index,
+            size_cap=8 + limits.MAX_SAFETENSORS_HEADER + dense,
+            code="weights-malformed",
+        )
+        for spec, dtype, shape in zip(
+            manifest.tensors, self._file.dtypes, self._file.shapes, strict=True
+        ):
+            _, length = self._file.span(spec.name)
+            if (dtype, shape, length) != (_WIRE_DTYPE[spec.dtype], spec.shape, spec.size_bytes):
+                raise self._file.wrong_entry(spec.name, f"is not {spec.dtype} {spec.shape}")
+
+    def names(self) -> tuple[str, ...]:
+        """All tensors, in manifest order."""
+        return tuple(spec.name for spec in self._manifest.tensors)
+
+    def get(self, name: str) -> Tensor:
+        """One tensor on the CPU, in memory of its own: the caller may change it."""
+        spec = self._manifest.spec(name)
+        raw = torch.from_numpy(self._file.read(name))
+        return raw.view(_TORCH_DTYPE[spec.dtype]).reshape(spec.shape)
+
+    def digest_table(self) -> dict[str, str]:
+        """The digest of every tensor as it is on disk now."""
+        return digest_table(self._manifest, self.get)
+
+    def weights_digest(self) -> str:
+        """The digest of all weights as they are on disk now."""
+        return digest_of_table(self._manifest, self.digest_table())
+
+    def __enter__(self) -> WeightsReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        return None
+
+
+def save_weights(path: Path, manifest: Manifest, get: Callable[[str], Tensor]) -> str:
+    """Write all tensors that ``get`` returns by name; the digest of the weights."""
+    with WeightsWriter(path, manifest) as writer:
+        for spec in manifest.tensors:
+            writer.add(spec.name, get(spec.name))
+    return writer.weights_digest
+
+
+def add_sparse(tensor: Tensor, update: SparseTensor) -> Tensor:
+    """``tensor + update`` in fp32, rounded to the dtype of ``tensor``. Does not change ``tensor``.
+
+    The one way in which coordinator and nodes apply what was published: one fp32 addition per
+    element that was sent, hence the same bits everywhere.
+    """
+    flat = tensor.detach().reshape(-1).to(torch.float32, copy=True)
+    return update.add_to_(flat).to(tensor.dtype).reshape(tensor.shape)
+
+
+def apply_update(
+    manifest: Manifest, published_old: Path, update: Path, spec: CodecSpec, out: Path
+) -> str:
+    """Write ``published_old + update`` to ``out`` and return its weights digest.
+
+    ``out`` appears whole or not at all, and the old file is not changed. Compare the digest with
+    the ledger's before using it. Raises :class:`ProtocolError` for a malformed update or old file,
+    :class:`CapacityError` when the disk is full.
+    """
+    old = WeightsReader(published_old, manifest)
+    payload = PayloadReader(update, manifest, spec)
+    return save_weights(out, manifest, lambda name: add_sparse(old.get(name), payload.decode(name)))

@@ -1,0 +1,192 @@
+"""``talkoot-coordinator``: the operator's command line. Heavy imports wait for their command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from talkoot.protocol.console import parse_duration, run
+
+if TYPE_CHECKING:
+    from talkoot.server.coordinator import Coordinator
+    from talkoot.server.registry import Registry
+
+app = typer.Typer(
+    name="talkoot-coordinator",
+    help="Run the coordinator of a talkoot network.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+nodes_app = typer.Typer(help="See, approve and ban nodes.", no_args_is_help=True)
+app.add_typer(nodes_app, name="nodes")
+
+State = Annotated[
+    Path, typer.Option("--state", help="The state directory.", envvar="TALKOOT_STATE_DIR")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+DEFAULT_STATE = Path("talkoot-state")
+
+
+def _open(state: Path) -> Coordinator:
+    from talkoot.server.coordinator import Coordinator
+
+    return Coordinator.open(state)
+
+
+def _registry(coordinator: Coordinator) -> Registry:
+    from talkoot.server.flower import ControlApi
+    from talkoot.server.registry import Registry
+
+    port = coordinator.config.network.superlink_port
+    return Registry(coordinator, ControlApi(port, coordinator.ca_pem))
+
+
+@app.command()
+def init(
+    state: State = DEFAULT_STATE,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="A TOML file; see 'sample-config'.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="A model preset, instead of a --config.")
+    ] = None,
+) -> None:
+    """Make the state of a new run: keys, ledger, corpus, first version."""
+    from talkoot.protocol.errors import ConfigError
+    from talkoot.server.config import Config, ModelSection, load_config
+    from talkoot.server.setup import init as make
+
+    if (config is None) == (preset is None):
+        raise ConfigError("Give either --config FILE or --preset NAME.")
+    chosen = load_config(config) if config else Config(model=ModelSection(preset=preset))
+    make(state, chosen, say=typer.echo)
+    typer.echo(f"Next: talkoot-coordinator serve --state {state}")
+
+
+@app.command("sample-config")
+def sample_config(
+    preset: Annotated[str, typer.Option(help="The model preset to write into it.")] = "small",
+) -> None:
+    """Print a whole configuration with its defaults, to edit."""
+    from talkoot.server.config import Config, ModelSection, dump_config
+
+    typer.echo(dump_config(Config(model=ModelSection(preset=preset))), nl=False)
+
+
+@app.command()
+def serve(state: State = DEFAULT_STATE) -> None:
+    """Run the coordinator until Ctrl-C (twice: at once)."""
+    from talkoot.server.serve import serve_forever
+
+    serve_forever(state, typer.echo)
+
+
+@app.command()
+def invite(
+    state: State = DEFAULT_STATE,
+    uses: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many nodes.")] = 1,
+    expires: Annotated[str, typer.Option(help="How long it is good: 12h, 7d, 2w.")] = "7d",
+) -> None:
+    """Print an invite: one URL that carries address, CA fingerprint and token."""
+    coordinator = _open(state)
+    made = _registry(coordinator).invite(uses=uses, expires_seconds=parse_duration(expires))
+    typer.echo(made.url())
+
+
+@app.command()
+def status(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
+    """Where the run stands."""
+    from talkoot.server.status import status as read_status
+
+    document = read_status(_open(state), history_rounds=5)
+    if as_json:
+        typer.echo(json.dumps(document, indent=2))
+        return
+    from talkoot.server.tables import print_status
+
+    print_status(document)
+
+
+@app.command()
+def rounds(
+    state: State = DEFAULT_STATE,
+    as_json: Json = False,
+    last: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 20,
+) -> None:
+    """The newest rounds: loss, tokens, contributions, bytes, seconds, why they closed."""
+    from talkoot.server.status import status as read_status
+
+    history = read_status(_open(state), history_rounds=last)["history"]
+    if as_json:
+        typer.echo(json.dumps(history, indent=2))
+        return
+    from talkoot.server.tables import print_rounds
+
+    print_rounds(history)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option("--out", help="A directory that does not exist yet.")],
+    state: State = DEFAULT_STATE,
+    version: Annotated[
+        int | None, typer.Option(help="Which version; the newest if not given.")
+    ] = None,
+) -> None:
+    """Write a version as a model that AutoModelForCausalLM.from_pretrained loads."""
+    from talkoot.server.export import export_version
+
+    made = export_version(_open(state), out, version)
+    typer.echo(f"Version {made.version} ({made.weights_digest[:12]}) is in {out}")
+
+
+@nodes_app.command("list")
+def nodes_list(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
+    """All nodes and what they do."""
+    from talkoot.server.status import status as read_status
+
+    nodes = read_status(_open(state), history_rounds=0)["nodes"]
+    if as_json:
+        typer.echo(json.dumps(nodes, indent=2))
+        return
+    from talkoot.server.tables import print_nodes
+
+    print_nodes(nodes)
+
+
+@nodes_app.command("approve")
+def nodes_approve(
+    node: Annotated[str, typer.Argument(help="Id, beginning of an id, or name.")],
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Admit a node that waits for approval, or lift a ban."""
+    from talkoot.server.registry import find_node
+
+    registry = _registry(_open(state))
+    found = find_node(registry.nodes(), node)
+    registry.approve(found.node_id)
+    typer.echo(f"{found.name} ({found.node_id}) is admitted.")
+
+
+@nodes_app.command("ban")
+def nodes_ban(
+    node: Annotated[str, typer.Argument(help="Id, beginning of an id, or name.")],
+    reason: Annotated[str, typer.Option(help="The node is told.")] = "Banned by the operator.",
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Shut a node out of every plane."""
+    from talkoot.server.registry import find_node
+
+    registry = _registry(_open(state))
+    found = find_node(registry.nodes(), node)
+    registry.ban(found.node_id, reason)
+    typer.echo(f"{found.name} ({found.node_id}) is banned.")
+
+
+def main() -> None:
+    """Entry point."""
+    run(app)

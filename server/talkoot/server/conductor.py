@@ -1,0 +1,251 @@
+"""The round loop: a thin shell around ``rounds.py``, ``book.py`` and ``aggregate.py``.
+
+It holds no state of its own: whatever it is doing when it dies, the next one reads in the ledger
+where things stand and goes on from there. A round that was closing is aggregated again, from the
+same contributions to the same version.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from pydantic import ValidationError
+
+from talkoot.protocol.artifacts import ArtifactStore
+from talkoot.protocol.messages import ArtifactRef, Verdict
+from talkoot.server.aggregate import (
+    ContributionInput,
+    OuterSpec,
+    VersionDir,
+    aggregate_round,
+)
+from talkoot.server.book import Book, OpenTask, tasks_by_flower_id
+from talkoot.server.coordinator import Coordinator
+from talkoot.server.registry import Registry
+
+log = logging.getLogger(__name__)
+
+LOOP_SECONDS = 0.1
+"""How often the loop looks at the ledger."""
+ONLINE_SECONDS = 1.0
+"""How often the loop asks Flower who is there: a full listing costs the SuperLink a query."""
+KEEP_VERSION_DIRS = 2
+
+
+class ControlPlane(Protocol):
+    """The way to the nodes; ``GridControl`` over Flower in production."""
+
+    def online(self) -> frozenset[int]:
+        """Flower ids of the nodes that are there."""
+        ...
+
+    def send(self, tasks: Mapping[int, str], *, round_number: int, ttl_seconds: float) -> None:
+        """Send each node its signed task."""
+        ...
+
+    def replies(self) -> Iterable[tuple[int, str | None]]:
+        """News since the last call."""
+        ...
+
+    def forget(self) -> None:
+        """Stop waiting for earlier replies."""
+        ...
+
+
+class Conductor:
+    """Runs rounds until the run is finished.
+
+    Args:
+        coordinator: open state.
+        registry: the nodes.
+        control: the way to the nodes.
+        clock: Unix seconds.
+        sleep: waits so many seconds.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        registry: Registry,
+        control: ControlPlane,
+        *,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._c = coordinator
+        self._registry = registry
+        self._control = control
+        self._clock = clock
+        self._sleep = sleep
+        self._book = Book(coordinator)
+        self._online: frozenset[int] = frozenset()
+        self._online_until = 0.0
+        self._sent: set[str] = set()
+        self._told = ""
+
+    def run(self) -> None:
+        """Run rounds until the run is finished."""
+        while not self._book.finished():
+            if not self.step():
+                self._sleep(LOOP_SECONDS)
+
+    def step(self) -> bool:
+        """Do the next thing that can be done; False when there is only waiting to do."""
+        with self._c.ledger.read() as session:
+            current = self._book.current_round(session)
+        if current is None:
+            return self._open()
+        if current.state == "closing":
+            self._finish(current.round)
+            return True
+        now = self._clock()
+        self._send_open_tasks(current.round)
+        self._take_replies()
+        decision = self._book.decide(self._who(), now)
+        if decision is None or decision.action == "wait":
+            return False
+        log.info(decision.sentence)
+        if decision.action == "close":
+            self._book.close_round(decision.sentence)
+            return True
+        self._tell("no-quorum", decision.sentence)
+        return self._open()
+
+    # Opening --------------------------------------------------------------------------------------
+
+    def _open(self) -> bool:
+        opened = self._book.open_round(self._who(), self._registry.poll_seconds())
+        if opened is None:
+            self._tell("waiting", "Waiting for nodes: fewer are here than round.min_nodes.")
+            return False
+        log.info("round %d opened, attempt %d", opened.round, opened.attempt)
+        self._told = ""
+        self._control.forget()
+        self._sent.clear()
+        self._send_open_tasks(opened.round)
+        return True
+
+    def _send_open_tasks(self, number: int) -> None:
+        """Send what this process has not sent yet: after a restart that is every open lease."""
+        fresh = [t for t in self._book.open_tasks() if t.signed not in self._sent]
+        here = self._who()
+        fresh = [t for t in fresh if t.flower_node_id in here]
+        if not fresh:
+            return
+        ttl = max(60.0, fresh[0].deadline_unix - self._clock())
+        self._control.send(tasks_by_flower_id(fresh), round_number=number, ttl_seconds=ttl)
+        self._sent.update(t.signed for t in fresh)
+
+    def _who(self) -> frozenset[int]:
+        now = self._clock()
+        if not self._online_until - 10 * ONLINE_SECONDS < now < self._online_until:
+            self._online = self._control.online()
+            self._online_until = now + ONLINE_SECONDS
+        return self._online
+
+    def _take_replies(self) -> None:
+        replies = list(self._control.replies())
+        if not replies:
+            return
+        by_flower_id = {t.flower_node_id: t for t in self._book.open_tasks()}
+        for flower_node_id, text in replies:
+            task = by_flower_id.get(flower_node_id)
+            if task is None:
+                continue
+            self._take_reply(task, text)
+
+    def _take_reply(self, task: OpenTask, text: str | None) -> None:
+        if text is None:
+            self._book.decline(task.node_id, _lease_id(task), "its ClientApp failed")
+            return
+        try:
+            verdict = Verdict.model_validate_json(text)
+        except ValidationError:
+            log.warning("node %s sent a malformed reply", task.node_id)
+            return
+        if not verdict.accepted:
+            self._book.decline(task.node_id, _lease_id(task), verdict.sentence)
+
+    # Publishing -----------------------------------------------------------------------------------
+
+    def _finish(self, number: int) -> None:
+        """Aggregate a closing round and publish its version."""
+        config = self._c.config
+        with self._c.ledger.read() as session:
+            base = self._book.latest_version(session)
+        name = f"v{number:08d}"
+        out_dir = self._c.state.versions / name
+        if out_dir.exists():  # a try that died before it was published
+            shutil.rmtree(out_dir)
+        inputs = [
+            ContributionInput(
+                path=self._c.store.path(c.payload_digest),
+                tokens=c.tokens,
+                l2_norm=c.l2_norm,
+                key=c.node_id,
+            )
+            for c in self._book.contributions(number)
+        ]
+        outer = OuterSpec(
+            optimizer=config.outer.optimizer,
+            learning_rate=config.outer.learning_rate,
+            momentum=config.outer.momentum,
+        )
+        result = aggregate_round(
+            self._c.manifest,
+            VersionDir(self._c.state.versions / base.directory),
+            inputs,
+            self._c.spec.uplink,
+            self._c.spec.downlink,
+            outer,
+            out_dir,
+        )
+        update = self._c.store.put_file(result.update_path)
+        checkpoint = None
+        if number % config.round.checkpoint_every == 0 or number >= self._c.rounds_total:
+            checkpoint = link_checkpoint(self._c.store, VersionDir(out_dir))
+        self._book.publish(
+            weights_digest=result.weights_digest,
+            directory=name,
+            update=update,
+            checkpoint=checkpoint,
+        )
+        log.info(
+            "version %d published: %d contributions, %.3f bit/parameter, digest %s",
+            number,
+            len(inputs),
+            result.bits_per_parameter,
+            result.weights_digest[:12],
+        )
+        self._clean(number)
+
+    def _clean(self, newest: int) -> None:
+        for path in self._c.state.versions.glob("v*"):
+            if path.name[1:].isdigit() and int(path.name[1:]) <= newest - KEEP_VERSION_DIRS:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _tell(self, kind: str, sentence: str) -> None:
+        """Put something on record once, not at every turn of the loop."""
+        if self._told != kind:
+            self._told = kind
+            log.info(sentence)
+            self._book.note(kind, sentence)
+
+
+def link_checkpoint(store: ArtifactStore, version: VersionDir) -> ArtifactRef:
+    """Put a version's published weights into the store without copying them."""
+    twin = version.published.with_suffix(".checkpoint")
+    twin.unlink(missing_ok=True)
+    twin.hardlink_to(version.published)
+    return store.put_file(twin, move=True)
+
+
+def _lease_id(task: OpenTask) -> str:
+    from talkoot.protocol.messages import RoundTask, Signed, parse
+
+    signed = parse(Signed, task.signed.encode("ascii"))
+    return parse(RoundTask, signed.body.encode("ascii")).lease.lease_id

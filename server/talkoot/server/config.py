@@ -1,0 +1,235 @@
+"""The operator's configuration: one TOML file, validated whole, with sentences for errors.
+
+Every number that has a unit says it. A key that is not here is an error, and so is a value that
+cannot work; nothing is silently ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from talkoot.protocol import limits
+from talkoot.protocol.errors import ConfigError
+from talkoot.protocol.messages import CodecSpec, InnerSpec
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RunSection(_Section):
+    """What is trained, for how long."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")] = "talkoot"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    rounds: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
+
+
+class ModelSection(_Section):
+    """The model: exactly one of ``preset``, ``config`` and ``pretrained``."""
+
+    preset: str | None = None
+    config: str | None = None
+    """A transformers config.json."""
+    pretrained: str | None = None
+    """A directory that ``AutoModelForCausalLM.from_pretrained`` loads."""
+    sequence_length: Annotated[int, Field(ge=2, le=2**20)] = 2048
+    micro_batch: Annotated[int, Field(ge=1, le=4096)] = 1
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if sum(x is not None for x in (self.preset, self.config, self.pretrained)) != 1:
+            raise ValueError("give exactly one of preset, config and pretrained")
+        return self
+
+
+class TokenizerSection(_Section):
+    """Bytes, or any tokenizer that ``transformers.AutoTokenizer`` loads from a directory."""
+
+    kind: Literal["bytes", "hf"] = "bytes"
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> Self:
+        if (self.kind == "hf") != (self.path is not None):
+            raise ValueError("path goes with kind = 'hf', and only with it")
+        return self
+
+
+class CorpusSection(_Section):
+    """Where the text comes from."""
+
+    sources: Annotated[tuple[str, ...], Field(min_length=1, max_length=64, strict=False)] = (
+        "stdlib",
+    )
+    """``stdlib``, a file, a folder, or ``hf:NAME[:split[:column]]``."""
+    block_tokens: Annotated[int, Field(ge=16, le=limits.MAX_BLOCK // 4)] = 65_536
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Share of documents that is never trained on."""
+    encoding: Literal["utf-8", "latin-1"] = "utf-8"
+
+
+class RoundSection(_Section):
+    """When a round opens and closes."""
+
+    tokens_per_node: Annotated[int, Field(ge=1, lt=2**40)] = 1_048_576
+    """Tokens in the lease of a node of median speed; others get more or less."""
+    deadline_seconds: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600.0
+    quorum: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Contributions without which a round is not closed."""
+    min_nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Admitted nodes online without which a round is not opened."""
+    lost_after_seconds: Annotated[float, Field(gt=0, le=86400)] = 60.0
+    """A node that has not reported for so long is not waited for (until it reports again)."""
+    checkpoint_every: Annotated[int, Field(ge=1, le=200)] = 10
+    """Rounds between dense checkpoints, for those who join."""
+    keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
+
+
+class OuterSection(_Section):
+    """The outer optimizer: plain SGD (SparseLoCo) or Nesterov momentum (DiLoCo)."""
+
+    optimizer: Literal["sgd", "nesterov"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class DownlinkSection(CodecSpec):
+    """The codec of published updates: denser than the uplink's (issue 4 has the ablation)."""
+
+    keep: Annotated[int, Field(ge=1, le=limits.MAX_CHUNK)] = 256
+    value_bits: Annotated[int, Field(ge=2, le=limits.MAX_VALUE_BITS)] = 4
+
+
+class NetworkSection(_Section):
+    """Addresses. Port 0 is "any free one", chosen at ``init``."""
+
+    bind: str = "0.0.0.0"  # noqa: S104 - volunteers connect from anywhere
+    public_host: str = "127.0.0.1"
+    """The name or address that invites carry."""
+    gateway_port: Port = 7443
+    transfer_port: Port = 7444
+    superlink_port: Port = 0
+    """Bound to 127.0.0.1 always: nobody but the coordinator talks to the SuperLink directly."""
+    max_pulls_per_second: Annotated[float, Field(gt=0)] = 40.0
+    """What all nodes together may poll; a SuperLink on SQLite was seen to bear 84."""
+    min_poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.25
+
+
+class AdmissionSection(_Section):
+    """Who may train."""
+
+    approve: Literal["auto", "manual"] = "auto"
+    """``manual``: a node with a good proof waits for ``nodes approve``."""
+    memory_margin: Annotated[float, Field(ge=1, le=4)] = 1.1
+    """Predicted memory times this must fit into what the node has."""
+    check_proof_up_to_parameters: Annotated[int, Field(ge=0)] = 50_000_000
+    """Up to this size the coordinator recomputes the proof's loss itself."""
+    proof_loss_tolerance: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Relative; devices and dtypes differ a little."""
+
+
+class LedgerSection(_Section):
+    """Where the ledger is: empty for SQLite in the state directory, or an SQLAlchemy URL."""
+
+    url: str = ""
+
+
+class Config(_Section):
+    """The whole file. Only ``[model]`` has no default."""
+
+    run: RunSection = RunSection()
+    model: ModelSection
+    tokenizer: TokenizerSection = TokenizerSection()
+    corpus: CorpusSection = CorpusSection()
+    round: RoundSection = RoundSection()
+    inner: InnerSpec = InnerSpec()
+    outer: OuterSection = OuterSection()
+    uplink: CodecSpec = CodecSpec()
+    downlink: DownlinkSection = DownlinkSection()
+    feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.95
+    network: NetworkSection = NetworkSection()
+    admission: AdmissionSection = AdmissionSection()
+    ledger: LedgerSection = LedgerSection()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.corpus.block_tokens % self.model.sequence_length:
+            raise ValueError(
+                f"corpus.block_tokens ({self.corpus.block_tokens}) must be a multiple of "
+                f"model.sequence_length ({self.model.sequence_length})"
+            )
+        if self.round.tokens_per_node > limits.MAX_LEASE_BLOCKS * self.corpus.block_tokens:
+            raise ValueError(
+                f"round.tokens_per_node ({self.round.tokens_per_node}) needs more than "
+                f"{limits.MAX_LEASE_BLOCKS} blocks: raise corpus.block_tokens to at least "
+                f"{-(-self.round.tokens_per_node // limits.MAX_LEASE_BLOCKS)}"
+            )
+        if self.round.quorum > self.round.min_nodes:
+            raise ValueError(
+                f"round.quorum ({self.round.quorum}) is larger than round.min_nodes "
+                f"({self.round.min_nodes}): a round could open that can never close"
+            )
+        return self
+
+
+def _known_keys(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        annotation: Any = field.annotation if field is not None else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _sentence(err: ValidationError, where: str) -> str:
+    first = err.errors(include_url=False)[0]
+    loc = tuple(str(part) for part in first["loc"])
+    key = ".".join(loc) or "the file"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(loc[-1], _known_keys(Config, loc[:-1]), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; remove it"
+        return f"{where}: unknown key {key!r}{hint}"
+    if first["type"] == "missing":
+        return f"{where}: {key!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if first["type"] == "value_error" else f" (it is {first['input']!r})"
+    return f"{where}: {key}: {message}{shown}"
+
+
+def parse_config(text: str, *, where: str = "config.toml") -> Config:
+    """Read a configuration. Raises :class:`ConfigError` with one sentence."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as err:
+        raise ConfigError(f"{where} is not valid TOML: {err}.") from err
+    try:
+        return Config.model_validate(data)
+    except ValidationError as err:
+        raise ConfigError(_sentence(err, where) + ".") from err
+
+
+def load_config(path: Path) -> Config:
+    """Read a configuration from a file. Raises :class:`ConfigError` with one sentence."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as err:
+        raise ConfigError(f"There is no configuration at {path}.") from err
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path} cannot be read as text: {err}.") from err
+    return parse_config(text, where=str(path))
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as TOML, defaults included: what ``init`` leaves for the operator."""
+    import tomli_w
+
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

@@ -1,0 +1,96 @@
+"""What every part of a running coordinator opens first: configuration, keys, ledger, store."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select
+
+from talkoot.protocol.artifacts import ArtifactStore, ChainSource
+from talkoot.protocol.corpus import CorpusManifest, CorpusSource
+from talkoot.protocol.identity import NodeKey
+from talkoot.protocol.limits import MAX_JSON_ARTIFACT
+from talkoot.protocol.messages import RunSpec, Signed, parse
+from talkoot.server.config import Config, load_config
+from talkoot.server.ledger import Ledger
+from talkoot.server.ledger.schema import Event, Run
+from talkoot.server.state import StateDir
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from talkoot.protocol.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """One operator's state, open."""
+
+    state: StateDir
+    config: Config
+    ledger: Ledger
+    key: NodeKey
+    store: ArtifactStore
+    run_id: str
+    rounds_total: int
+    signed_spec: Signed
+    spec: RunSpec
+
+    @classmethod
+    def open(cls, root: Path) -> Coordinator:
+        """Open a finished state directory. Raises :class:`TalkootError` with one sentence."""
+        state = StateDir(root.resolve())
+        run_id = state.check()
+        config = load_config(state.config)
+        ledger = Ledger(Ledger.url_at(state.root, config.ledger.url))
+        ledger.migrate()
+        with ledger.read() as session:
+            run = session.scalars(select(Run).where(Run.run_id == run_id)).one()
+        signed = parse(Signed, run.spec.encode("ascii"))
+        return cls(
+            state=state,
+            config=config,
+            ledger=ledger,
+            key=NodeKey.load(state.coordinator_key),
+            store=ArtifactStore(state.store),
+            run_id=run_id,
+            rounds_total=run.rounds_total,
+            signed_spec=signed,
+            spec=parse(RunSpec, signed.body.encode("ascii")),
+        )
+
+    @cached_property
+    def ca_pem(self) -> bytes:
+        """The certificate that everybody trusts."""
+        return (self.state.ca / "ca.pem").read_bytes()
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Names, shapes and dtypes of the model's parameters."""
+        from talkoot.protocol.manifest import Manifest
+
+        return Manifest.from_bytes(self.store.path(self.spec.manifest.digest).read_bytes())
+
+    @cached_property
+    def corpus(self) -> CorpusManifest:
+        """What the training blocks are."""
+        data = self.store.path(self.spec.corpus.digest).read_bytes()
+        return parse(CorpusManifest, data, cap=MAX_JSON_ARTIFACT)
+
+    @cached_property
+    def source(self) -> ChainSource:
+        """All that nodes may fetch: artifacts and blocks."""
+        return ChainSource([self.store, CorpusSource(self.state.corpus)])
+
+    def close(self) -> None:
+        """Close the ledger."""
+        self.ledger.close()
+
+
+def note(session: Session, kind: str, sentence: str) -> None:
+    """Put an event on record, inside the transaction that it belongs to."""
+    session.add(Event(unix=time.time(), kind=kind, sentence=sentence))

@@ -1,0 +1,188 @@
+"""The coordinator behind its two public faces, the gateway and the transfer service."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+from talkoot.protocol.artifacts import Source
+from talkoot.protocol.errors import ProtocolError, RefusedError
+from talkoot.protocol.files import explain_os_error
+from talkoot.protocol.identity import fingerprint, load_public_key, verify
+from talkoot.protocol.limits import PROTOCOL_VERSION
+from talkoot.protocol.messages import (
+    Contribution,
+    CoordinatorInfo,
+    EnrolReply,
+    EnrolRequest,
+    NodeReport,
+    NodeReportReply,
+    Signed,
+    Verdict,
+    canonical_bytes,
+    parse,
+)
+from talkoot.protocol.version import VERSION
+from talkoot.server.book import Book
+from talkoot.server.coordinator import Coordinator
+from talkoot.server.registry import Registry
+from talkoot.server.status import status_json
+
+log = logging.getLogger(__name__)
+
+
+class Desk:
+    """Serves ``gateway.Backend`` and ``transfer.Backend`` over one open coordinator.
+
+    Called from many threads; what it shares between calls is the ledger and the store, which bear
+    that.
+    """
+
+    def __init__(self, coordinator: Coordinator, registry: Registry) -> None:
+        self._c = coordinator
+        self._registry = registry
+        self._book = Book(coordinator)
+        self._uploads = coordinator.state.incoming / "whole"
+        self._uploads.mkdir(parents=True, exist_ok=True)
+        # Decoding a payload takes memory in proportion to the largest tensor: one at a time.
+        self._verifying = threading.Lock()
+
+    # Gateway --------------------------------------------------------------------------------------
+
+    def info(self) -> CoordinatorInfo:
+        """What anybody may know."""
+        return CoordinatorInfo(
+            protocol=PROTOCOL_VERSION,
+            talkoot_version=VERSION,
+            ca_fingerprint=fingerprint(self._c.ca_pem),
+        )
+
+    def ca_pem(self) -> bytes:
+        """The CA's certificate."""
+        return self._c.ca_pem
+
+    def enrol(self, request: EnrolRequest, peer: str) -> EnrolReply:
+        """Let a node in, or say why not."""
+        return self._registry.enrol(request, peer)
+
+    def is_banned(self, public_key: bytes) -> str | None:
+        """Why the owner of a public key (PEM) is shut out."""
+        return self._registry.banned(public_key)
+
+    def status(self) -> bytes:
+        """The run as the dashboard shows it."""
+        return status_json(self._c)
+
+    # Transfer -------------------------------------------------------------------------------------
+
+    def authorize(self, node_id: str) -> Verdict:
+        """Whether a certificate's owner may use the data plane."""
+        return self._registry.authorize(node_id)
+
+    def source(self) -> Source:
+        """What nodes may fetch."""
+        return self._c.source
+
+    def incoming_root(self) -> Path:
+        """Where uploads grow."""
+        return self._c.state.incoming / "parts"
+
+    def may_push(self, node_id: str, lease_id: str, digest: str, size: int) -> Verdict:
+        """Asked before a byte is taken."""
+        from talkoot.protocol.payload import max_payload_bytes
+
+        most = max_payload_bytes(self._c.manifest, self._c.spec.uplink)
+        if size > most:
+            return Verdict(
+                accepted=False,
+                code="too-large",
+                sentence=f"{size} bytes is more than a contribution to this run can have ({most}).",
+            )
+        with self._c.ledger.read() as session:
+            verdict = self._book.lease_verdict(session, node_id, lease_id)
+        if verdict.code == "committed":  # an acknowledgement was lost; submitting again will say so
+            return Verdict(accepted=True, code="committed", sentence=verdict.sentence)
+        return verdict
+
+    def pushed(self, node_id: str, lease_id: str, digest: str, path: Path) -> None:
+        """A whole file has arrived."""
+        target = self._upload(node_id, lease_id, digest)
+        try:
+            os.replace(path, target)  # noqa: PTH105 - one name for both halves
+        except OSError as err:
+            raise explain_os_error(err, "keeping an upload", target) from err
+
+    def has_pushed(self, node_id: str, lease_id: str, digest: str) -> bool:
+        """Whether a whole file is here already."""
+        return self._upload(node_id, lease_id, digest).exists() or self._c.store.has(digest)
+
+    def _upload(self, node_id: str, lease_id: str, digest: str) -> Path:
+        return self._uploads / f"{node_id}-{lease_id}-{digest}"
+
+    def submit(self, node_id: str, signed: Signed) -> Verdict:
+        """Check a contribution from end to end, then commit it."""
+        from talkoot.protocol.payload import verify_payload
+
+        pem = self._registry.public_key_pem(node_id)
+        claim = verify(signed, "Contribution", load_public_key(pem), Contribution)
+        if claim.node_id != node_id or claim.run_id != self._c.run_id:
+            return Verdict(
+                accepted=False, code="wrong-node", sentence="Signed for another node or run."
+            )
+        with self._c.ledger.read() as session:
+            verdict = self._book.lease_verdict(session, node_id, claim.lease_id)
+        if not verdict.accepted and verdict.code != "committed":
+            self._drop_upload(claim)
+            return verdict
+        upload = self._upload(node_id, claim.lease_id, claim.payload.digest)
+        digest = claim.payload.digest
+        path = upload if upload.exists() else self._c.store.path(digest)
+        if not path.exists():
+            raise RefusedError("The payload was never pushed: push it first.", code="not-pushed")
+        if path.stat().st_size != claim.payload.size_bytes:
+            return Verdict(accepted=False, code="wrong-size", sentence="The size is not as signed.")
+        if verdict.code != "committed":
+            try:
+                with self._verifying:
+                    facts = verify_payload(path, self._c.manifest, self._c.spec.uplink)
+            except ProtocolError as err:
+                self._book.note(
+                    "refused", f"A payload of node {node_id} was refused: {err.sentence}"
+                )
+                self._drop_upload(claim)
+                return Verdict(accepted=False, code=err.code, sentence=err.sentence)
+            norm = facts.l2_norm
+            if path == upload:
+                self._c.store.put_file(upload)
+        else:
+            norm = 0.0  # not used: the contribution is in the ledger already
+        verdict = self._book.accept(claim, signed, l2_norm=norm, now=time.time())
+        self._drop_upload(claim)
+        return verdict
+
+    def _drop_upload(self, claim: Contribution) -> None:
+        self._upload(claim.node_id, claim.lease_id, claim.payload.digest).unlink(missing_ok=True)
+
+    def prove(self, node_id: str, signed: Signed) -> Verdict:
+        """Judge a proof."""
+        return self._registry.prove(node_id, signed)
+
+    def challenge(self, node_id: str) -> bytes:
+        """A fresh nonce."""
+        return canonical_bytes(self._registry.challenge(node_id))
+
+    def report(self, node_id: str, report: NodeReport) -> NodeReportReply:
+        """Note what a node does."""
+        return self._registry.report(node_id, report)
+
+    def run_spec(self, node_id: str) -> Signed:
+        """What is trained, signed."""
+        return self._c.signed_spec
+
+    def task(self, node_id: str) -> Signed | None:
+        """The node's open task, word for word as it was sent."""
+        tasks = self._book.open_tasks(node_id)
+        return parse(Signed, tasks[0].signed.encode("ascii")) if tasks else None

@@ -1,0 +1,256 @@
+"""All that the server touches of Flower's internals, in one file (ADR 2).
+
+Public Flower API (``ServerApp``, ``Grid``, ``Message``) is used elsewhere, too. What is here has no
+promise from Flower to stay: the Control API's client, the bundle builder, the SuperLink's command
+line. ``tests/server/test_flower_contract.py`` says what broke when Flower changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from talkoot.protocol.control import (
+    MESSAGE_TYPE,
+    TASK_KEY,
+    TASK_RECORD,
+    VERDICT_KEY,
+    VERDICT_RECORD,
+)
+from talkoot.protocol.errors import RefusedError, UnavailableError
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+_BUNDLE = b"""\
+[project]
+name = "talkoot-network"
+version = "1.0.0"
+description = "Names the installed ServerApp and ClientApp, and carries no code."
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "talkoot"
+
+[tool.flwr.app.components]
+serverapp = "talkoot.server.app:app"
+clientapp = "talkoot.client.app:app"
+
+[tool.flwr.app.config]
+"""
+
+
+def quiet_environment(base: Mapping[str, str]) -> dict[str, str]:
+    """``base`` with Flower's telemetry and update checks off, unless the operator set them."""
+    env = dict(base)
+    env.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    env.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    return env
+
+
+def superlink_environment(base: Mapping[str, str], flwr_home: Path) -> dict[str, str]:
+    """The SuperLink's environment: its helpers must be on PATH, its state below ours."""
+    env = quiet_environment(base)
+    env["FLWR_HOME"] = str(flwr_home)
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    # SuperExec looks for a run to start this often: what a restart waits for at the most.
+    env.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
+    env["PYTHONUNBUFFERED"] = "1"
+    return env
+
+
+def superlink_command(
+    *, port: int, database: Path, certificate: Path, key: Path, ca: Path
+) -> list[str]:
+    """The SuperLink: loopback only, nodes authenticated, durable database, nothing installed."""
+    return [
+        str(Path(sys.executable).parent / "flower-superlink"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--ssl-certfile",
+        str(certificate),
+        "--ssl-keyfile",
+        str(key),
+        "--ssl-ca-certfile",
+        str(ca),
+        "--enable-supernode-auth",
+        "--database",
+        str(database),
+        "--disable-runtime-dependency-installation",
+        # The supervisor runs SuperExec as a part of its own: one that the SuperLink starts meets a
+        # port that is not open yet, and backs off for up to half a minute.
+        "--isolation",
+        "process",
+    ]
+
+
+def superexec_command(*, port: int, ca: Path) -> list[str]:
+    """SuperExec: starts our ServerApp's process when a run is submitted."""
+    return [
+        str(Path(sys.executable).parent / "flower-superexec"),
+        "--runtime-api-address",
+        f"127.0.0.1:{port}",
+        "--root-certificates",
+        str(ca),
+        "--parent-pid",
+        str(os.getpid()),
+    ]
+
+
+class ControlApi:
+    """The SuperLink's Control API, reachable on loopback only.
+
+    Args:
+        port: the SuperLink's port on 127.0.0.1.
+        ca_pem: trusted for the SuperLink's certificate.
+    """
+
+    def __init__(self, port: int, ca_pem: bytes) -> None:
+        from flwr.supercore.control import ControlHttpClient
+
+        self._client: Any = ControlHttpClient.from_server_address(
+            f"127.0.0.1:{port}", False, ca_pem, interceptors=[]
+        )
+
+    def _call(self, name: str, request: Any) -> Any:
+        import httpx
+
+        try:
+            return getattr(self._client, name)(request)
+        except httpx.HTTPStatusError as err:
+            status = err.response.status_code
+            text = err.response.text[:300]
+            if status in {502, 503, 504}:
+                raise UnavailableError(f"The SuperLink is not ready ({status}).") from err
+            raise RefusedError(
+                f"The SuperLink refused {name} ({status}): {text}", code="superlink-refused"
+            ) from err
+        except httpx.HTTPError as err:
+            raise UnavailableError(f"The SuperLink does not answer: {err}.") from err
+
+    def register_node(self, public_key_pem: bytes, name: str) -> int | None:
+        """Let a key take part; returns Flower's node id, or None if the key is known already."""
+        from flwr.proto.control_pb2 import RegisterNodeRequest
+
+        try:
+            reply = self._call(
+                "RegisterNode", RegisterNodeRequest(public_key=public_key_pem, name=name)
+            )
+        except RefusedError as err:
+            if "in use" in err.sentence:
+                return None
+            raise
+        return int(reply.node_id)
+
+    def find_node(self, public_key_pem: bytes) -> int | None:
+        """Flower's node id of a registered key."""
+        from flwr.proto.control_pb2 import ListNodesRequest
+
+        for node in self._call("ListNodes", ListNodesRequest()).nodes_info:
+            if node.public_key == public_key_pem and node.status != "unregistered":
+                return int(node.node_id)
+        return None
+
+    def unregister_node(self, flower_node_id: int) -> None:
+        """Take a key's right away; harmless when it has none."""
+        from flwr.proto.control_pb2 import UnregisterNodeRequest
+
+        try:
+            self._call("UnregisterNode", UnregisterNodeRequest(node_id=flower_node_id))
+        except RefusedError as err:
+            if "not found" not in err.sentence.lower():
+                raise
+
+    def start_run(self) -> int:
+        """Submit the bundle that names our ServerApp; returns Flower's run id."""
+        from flwr.cli.build import build_fab_from_files
+        from flwr.common.serde import fab_to_proto
+        from flwr.proto.control_pb2 import StartRunRequest
+        from flwr.supercore.fab import Fab
+
+        content, _ = build_fab_from_files({"pyproject.toml": _BUNDLE})
+        fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
+        reply = self._call("StartRun", StartRunRequest(fab=fab_to_proto(fab)))
+        if not reply.HasField("run_id"):
+            raise RefusedError("The SuperLink did not start the run.", code="superlink-refused")
+        return int(reply.run_id)
+
+    def runs(self) -> dict[int, tuple[str, str, str]]:
+        """Flower's runs: id → (status, sub-status, details)."""
+        from flwr.proto.control_pb2 import ListRunsRequest
+
+        reply = self._call("ListRuns", ListRunsRequest())
+        return {
+            int(run_id): (run.status.status, run.status.sub_status, run.status.details)
+            for run_id, run in reply.run_dict.items()
+        }
+
+    def stop_run(self, run_id: int) -> None:
+        """Stop a run; harmless when it has ended."""
+        from flwr.proto.control_pb2 import StopRunRequest
+
+        try:
+            self._call("StopRun", StopRunRequest(run_id=run_id))
+        except RefusedError as err:
+            if "finished" not in err.sentence.lower():
+                raise
+
+
+class GridControl:
+    """The round loop's way to the nodes: small messages over Flower's Grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._waiting: set[str] = set()
+
+    def online(self) -> frozenset[int]:
+        """Flower ids of the nodes whose heartbeat is fresh."""
+        return frozenset(int(node_id) for node_id in self._grid.get_node_ids())
+
+    def send(self, tasks: Mapping[int, str], *, round_number: int, ttl_seconds: float) -> None:
+        """Send each node its signed task (JSON)."""
+        from flwr.app import ConfigRecord, Message, RecordDict
+
+        messages = [
+            Message(
+                RecordDict({TASK_RECORD: ConfigRecord({TASK_KEY: signed})}),
+                dst_node_id=flower_node_id,
+                message_type=MESSAGE_TYPE,
+                ttl=ttl_seconds,
+                group_id=str(round_number),
+            )
+            for flower_node_id, signed in tasks.items()
+        ]
+        if messages:
+            self._waiting.update(m for m in self._grid.push_messages(messages) if m)
+
+    def replies(self) -> Iterable[tuple[int, str | None]]:
+        """What came back since the last call: (Flower node id, verdict JSON or None on an error).
+
+        A reply is news, never truth: what counts is what the ledger accepted.
+        """
+        if not self._waiting:
+            return []
+        out: list[tuple[int, str | None]] = []
+        for reply in self._grid.pull_messages(sorted(self._waiting)):
+            self._waiting.discard(reply.metadata.reply_to_message_id)
+            if reply.metadata.src_node_id == 0 or reply.has_error():
+                out.append((int(reply.metadata.src_node_id), None))
+                continue
+            record = reply.content.config_records.get(VERDICT_RECORD)
+            verdict = record.get(VERDICT_KEY) if record is not None else None
+            out.append(
+                (int(reply.metadata.src_node_id), verdict if isinstance(verdict, str) else None)
+            )
+        return out
+
+    def forget(self) -> None:
+        """Stop waiting for the replies of an earlier round."""
+        self._waiting.clear()

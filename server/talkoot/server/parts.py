@@ -1,0 +1,99 @@
+"""The long-running parts of a coordinator, each a process of its own under the supervisor.
+
+``python -m talkoot.server.parts gateway|transfer --state DIR``: runs until SIGTERM, or until the
+supervisor that started it is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from talkoot.protocol.errors import TalkootError
+from talkoot.server.coordinator import Coordinator
+from talkoot.server.desk import Desk
+from talkoot.server.flower import ControlApi
+from talkoot.server.leash import die_with_parent
+from talkoot.server.logs import configure
+from talkoot.server.registry import Registry
+
+log = logging.getLogger(__name__)
+
+READY = "ready"
+"""A part prints this line on standard output when it serves."""
+
+
+def serve_gateway_until(coordinator: Coordinator, stop: threading.Event) -> None:
+    """Run the gateway until ``stop`` is set."""
+    from talkoot.server.gateway_server import GatewaySettings, serve_gateway
+
+    network = coordinator.config.network
+    control = ControlApi(network.superlink_port, coordinator.ca_pem)
+    settings = GatewaySettings(
+        host=network.bind,
+        port=network.gateway_port,
+        certificate=coordinator.state.tls / "server.pem",
+        key=coordinator.state.tls / "server.key",
+        superlink_port=network.superlink_port,
+    )
+    with serve_gateway(Desk(coordinator, Registry(coordinator, control)), settings) as server:
+        print(READY, flush=True)
+        while not stop.wait(0.5):
+            if not server.is_alive():
+                raise TalkootError("The gateway stopped by itself.")
+
+
+def serve_transfer_until(coordinator: Coordinator, stop: threading.Event) -> None:
+    """Run the transfer service until ``stop`` is set."""
+    import torch
+
+    from talkoot.server.transfer import serve
+
+    torch.set_num_threads(1)  # verifying payloads must not take the machine from the nodes' tasks
+    network = coordinator.config.network
+    control = ControlApi(network.superlink_port, coordinator.ca_pem)
+    host = f"[{network.bind}]" if ":" in network.bind else network.bind
+    server = serve(
+        Desk(coordinator, Registry(coordinator, control)),
+        f"{host}:{network.transfer_port}",
+        (coordinator.state.tls / "server.key").read_bytes(),
+        (coordinator.state.tls / "server.pem").read_bytes(),
+        coordinator.ca_pem,
+    )
+    print(READY, flush=True)
+    stop.wait()
+    server.stop(2).wait()
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="talkoot.server.parts")
+    parser.add_argument("part", choices=["gateway", "transfer"])
+    parser.add_argument("--state", type=Path, required=True)
+    args = parser.parse_args()
+    die_with_parent()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        coordinator = Coordinator.open(args.state)
+        configure(coordinator.state.logs / f"{args.part}.log")
+        if args.part == "gateway":
+            serve_gateway_until(coordinator, stop)
+        else:
+            serve_transfer_until(coordinator, stop)
+    except TalkootError as err:
+        print(err.sentence, file=sys.stderr, flush=True)
+        return 1
+    except Exception:
+        log.exception("the %s failed", args.part)
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

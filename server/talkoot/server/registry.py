@@ -1,0 +1,450 @@
+"""Nodes and invites: who may come in, what they proved, when they were last heard of.
+
+Every function is one or two short transactions on the ledger; the decisions themselves are the pure
+functions of ``admission.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast, get_args
+
+from sqlalchemy import select
+
+from talkoot.protocol.errors import ConfigError, RefusedError, UnavailableError, VersionError
+from talkoot.protocol.identity import load_public_key, node_id_of, public_pem, verify
+from talkoot.protocol.invite import Invite
+from talkoot.protocol.limits import PROTOCOL_VERSION
+from talkoot.protocol.memory import MemoryPlan
+from talkoot.protocol.messages import (
+    Capability,
+    EnrolReply,
+    EnrolRequest,
+    NodeReport,
+    NodeReportReply,
+    Proof,
+    ProofChallenge,
+    Signed,
+    Verdict,
+    canonical_bytes,
+)
+from talkoot.server import rounds
+from talkoot.server.admission import AdmissionPolicy, judge_capability, judge_proof
+from talkoot.server.ca import CertificateAuthority, key_of_csr
+from talkoot.server.coordinator import Coordinator, note
+from talkoot.server.ledger.schema import (
+    Invite as InviteRecord,
+)
+from talkoot.server.ledger.schema import (
+    LeaseRecord,
+    Node,
+    NodeState,
+    ProofRecord,
+    Round,
+    Run,
+    Version,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from talkoot.server.flower import ControlApi
+
+NodeStatus = Literal["pending", "proving", "admitted", "refused", "banned"]
+
+CERTIFICATE_DAYS = 365
+PROOF_STEPS = 2
+REPORT_SECONDS = 1.0
+"""How often a node of a small network reports; stretched as the network grows."""
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The nodes of one coordinator."""
+
+    coordinator: Coordinator
+    control: ControlApi
+
+    # Invites --------------------------------------------------------------------------------------
+
+    def invite(self, *, uses: int, expires_seconds: float) -> Invite:
+        """A new invite; only a hash of its token is kept."""
+        network = self.coordinator.config.network
+        token = secrets.token_urlsafe(24)
+        ca = CertificateAuthority.load(self.coordinator.state.ca)
+        now = time.time()
+        with self.coordinator.ledger.write() as session:
+            session.add(
+                InviteRecord(
+                    token_sha256=_sha256(token.encode()),
+                    uses_left=uses,
+                    expires_unix=now + expires_seconds,
+                    created_unix=now,
+                )
+            )
+        return Invite(
+            host=network.public_host,
+            port=network.gateway_port,
+            ca_fingerprint=ca.fingerprint,
+            token=token,
+        )
+
+    # Enrolment ------------------------------------------------------------------------------------
+
+    def enrol(self, request: EnrolRequest, peer: str) -> EnrolReply:
+        """Let a node in, or say why not. Doing it again with the same key changes nothing."""
+        if request.protocol != PROTOCOL_VERSION:
+            raise VersionError(
+                f"This coordinator speaks protocol {PROTOCOL_VERSION} and the node speaks "
+                f"{request.protocol}: "
+                + (
+                    "upgrade talkoot on the node."
+                    if request.protocol < PROTOCOL_VERSION
+                    else "the operator must upgrade, or the node must use an older talkoot."
+                )
+            )
+        public_key = key_of_csr(request.csr_pem.encode("ascii", "replace"))
+        node_id = node_id_of(public_key)
+        pem = public_pem(public_key)
+        with self.coordinator.ledger.read() as session:
+            self._usable_invite(session, request.token, node_id)
+        fits = judge_capability(self.policy, request.capability, self.needs())
+        if not fits.accepted:
+            raise RefusedError(fits.sentence, code=fits.code)
+
+        # Flower first: a node in the ledger is always one that the SuperLink knows.
+        flower_node_id = self.control.register_node(pem, request.name)
+        if flower_node_id is None:
+            flower_node_id = self.control.find_node(pem)
+        if flower_node_id is None:
+            raise UnavailableError("The SuperLink did not register the node: try again.")
+
+        now = time.time()
+        with self.coordinator.ledger.write() as session:
+            invite = self._usable_invite(session, request.token, node_id)
+            node = session.get(Node, node_id)
+            if node is None:
+                invite.uses_left -= 1
+                session.add(
+                    Node(
+                        node_id=node_id,
+                        name=request.name,
+                        public_key_pem=pem.decode("ascii"),
+                        public_key_sha256=_sha256(pem),
+                        flower_node_id=str(flower_node_id),
+                        status="proving",
+                        sentence="Enrolled; has to prove that it can hold a replica.",
+                        capability=canonical_bytes(request.capability).decode("ascii"),
+                        invite_id=invite.invite_id,
+                        enrolled_unix=now,
+                        tokens_per_second=0.0,
+                        nonce=None,
+                    )
+                )
+                note(session, "enrolled", f"{request.name} ({node_id}) enrolled from {peer}.")
+            else:
+                node.name = request.name
+                node.flower_node_id = str(flower_node_id)
+                node.capability = canonical_bytes(request.capability).decode("ascii")
+            certificate = CertificateAuthority.load(self.coordinator.state.ca).issue_node(
+                request.csr_pem.encode("ascii"), CERTIFICATE_DAYS
+            )
+        network = self.coordinator.config.network
+        return EnrolReply(
+            node_id=node_id,
+            certificate_pem=certificate.decode("ascii"),
+            ca_pem=self.coordinator.ca_pem.decode("ascii"),
+            coordinator_key_pem=public_pem(self.coordinator.key.public_key).decode("ascii"),
+            transfer_port=network.transfer_port,
+            poll_seconds=self.poll_seconds(),
+        )
+
+    def _usable_invite(self, session: Session, token: str, node_id: str) -> InviteRecord:
+        digest = _sha256(token.encode())
+        invite = session.scalars(
+            select(InviteRecord).where(InviteRecord.token_sha256 == digest).with_for_update()
+        ).one_or_none()
+        if invite is None:
+            raise RefusedError(
+                "This coordinator does not know that invite: check that the URL is whole, or ask "
+                "the operator for a new one.",
+                code="invite-unknown",
+            )
+        node = session.get(Node, node_id)
+        if node is not None and node.status == "banned":
+            raise RefusedError(f"This node is banned: {node.sentence}", code="banned")
+        if node is not None and node.invite_id == invite.invite_id:
+            return invite  # the same node again: its first answer may have been lost
+        if invite.expires_unix <= time.time():
+            raise RefusedError(
+                "The invite has expired: ask the operator for a new one.", code="invite-expired"
+            )
+        if invite.uses_left < 1:
+            raise RefusedError(
+                "The invite has been used up: ask the operator for a new one.", code="invite-used"
+            )
+        return invite
+
+    # Proof ----------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> AdmissionPolicy:
+        """The operator's rules of admission."""
+        admission = self.coordinator.config.admission
+        return AdmissionPolicy(
+            memory_margin=admission.memory_margin,
+            loss_tolerance=admission.proof_loss_tolerance,
+            manual_approval=admission.approve == "manual",
+        )
+
+    def needs(self) -> MemoryPlan:
+        """What a replica of this run's model takes."""
+        from talkoot.protocol.memory import predict
+        from talkoot.protocol.model import parse_config
+
+        spec = self.coordinator.spec
+        config = parse_config(self.coordinator.store.path(spec.model.digest).read_bytes())
+        return predict(config, spec.sequence_length, spec.micro_batch)
+
+    def challenge(self, node_id: str) -> ProofChallenge:
+        """A fresh nonce for a node to prove itself on."""
+        nonce = secrets.token_hex(16)
+        with self.coordinator.ledger.write() as session:
+            node = _node(session, node_id)
+            node.nonce = nonce
+        return ProofChallenge(nonce=nonce, steps=PROOF_STEPS)
+
+    def prove(self, node_id: str, signed: Signed) -> Verdict:
+        """Judge a proof and keep it, whatever the verdict."""
+        with self.coordinator.ledger.read() as session:
+            node = _node(session, node_id)
+            nonce, pem, approved = node.nonce, node.public_key_pem, node.status == "admitted"
+        proof = verify(signed, "Proof", load_public_key(pem.encode("ascii")), Proof)
+        if proof.node_id != node_id or proof.run_id != self.coordinator.run_id:
+            raise RefusedError("The proof is for another node or run.", code="wrong-proof")
+        verdict = judge_proof(
+            self.policy,
+            proof,
+            self.needs(),
+            nonce=nonce,
+            expected_loss=self._expected_loss(proof) if proof.nonce == nonce else None,
+        )
+        if verdict.code == "awaits-approval" and approved:
+            verdict = Verdict(accepted=True, code="admitted", sentence="Admitted by the operator.")
+        with self.coordinator.ledger.write() as session:
+            node = _node(session, node_id)
+            session.add(
+                ProofRecord(
+                    node_id=node_id,
+                    signed=canonical_bytes(signed).decode("ascii"),
+                    accepted=verdict.accepted,
+                    code=verdict.code,
+                    sentence=verdict.sentence,
+                    unix=time.time(),
+                )
+            )
+            if verdict.code == "stale-proof":
+                return verdict
+            node.nonce = None
+            node.sentence = verdict.sentence
+            node.capability = canonical_bytes(proof.capability).decode("ascii")
+            if verdict.accepted:
+                if node.tokens_per_second <= 0:
+                    node.tokens_per_second = proof.tokens_per_second
+                if node.status != "admitted":
+                    note(session, "admitted", f"{node.name}: {verdict.sentence}")
+                node.status = "admitted"
+            else:
+                node.status = "pending" if verdict.code == "awaits-approval" else "refused"
+                note(session, node.status, f"{node.name}: {verdict.sentence}")
+        return verdict
+
+    def _expected_loss(self, proof: Proof) -> float | None:
+        spec = self.coordinator.spec
+        limit = self.coordinator.config.admission.check_proof_up_to_parameters
+        if spec.parameters > limit:
+            return None
+        from talkoot.protocol.model import parse_config
+        from talkoot.protocol.proof import proof_loss
+
+        config = parse_config(self.coordinator.store.path(spec.model.digest).read_bytes())
+        return proof_loss(
+            config,
+            proof.nonce,
+            sequence_length=spec.sequence_length,
+            micro_batch=spec.micro_batch,
+            steps=proof.steps,
+            inner=spec.inner,
+        )
+
+    # Operator's decisions -------------------------------------------------------------------------
+
+    def approve(self, node_id: str) -> None:
+        """Admit a node that proved itself and waits, or lift a ban or refusal."""
+        with self.coordinator.ledger.write() as session:
+            node = _node(session, node_id)
+            proof = session.scalars(
+                select(ProofRecord)
+                .where(ProofRecord.node_id == node.node_id)
+                .order_by(ProofRecord.proof_id.desc())
+            ).first()
+            if proof is None or not (proof.accepted or proof.code == "awaits-approval"):
+                raise ConfigError(
+                    f"{node.name} ({node.node_id}) has not proved that it can hold a replica: "
+                    f"{node.sentence}"
+                )
+            was_banned = node.status == "banned"
+            node.status = "admitted"
+            node.sentence = "Admitted by the operator."
+            pem, name = node.public_key_pem.encode("ascii"), node.name
+            note(session, "admitted", f"{name}: admitted by the operator.")
+        if was_banned:
+            flower_node_id = self.control.register_node(pem, name) or self.control.find_node(pem)
+            with self.coordinator.ledger.write() as session:
+                _node(session, node_id).flower_node_id = str(flower_node_id)
+
+    def ban(self, node_id: str, reason: str) -> None:
+        """Shut a node out of every plane, until it is approved again."""
+        with self.coordinator.ledger.write() as session:
+            node = _node(session, node_id)
+            node.status = "banned"
+            node.sentence = reason
+            flower_node_id = node.flower_node_id
+            for lease in session.scalars(
+                select(LeaseRecord).where(
+                    LeaseRecord.node_id == node.node_id, LeaseRecord.state == "open"
+                )
+            ):
+                lease.state = "released"
+                lease.reason = "banned"
+            note(session, "banned", f"{node.name} was banned: {reason}")
+        if flower_node_id is not None:
+            self.control.unregister_node(int(flower_node_id))
+
+    def banned(self, public_key_pem: bytes) -> str | None:
+        """Why the owner of a key is shut out, or None when it is not."""
+        with self.coordinator.ledger.read() as session:
+            node = session.scalars(
+                select(Node).where(Node.public_key_sha256 == _sha256(public_key_pem))
+            ).one_or_none()
+            if node is None or node.status != "banned":
+                return None
+            return f"This node is banned: {node.sentence}"
+
+    def authorize(self, node_id: str) -> Verdict:
+        """Whether a certificate's owner may use the data plane."""
+        with self.coordinator.ledger.read() as session:
+            node = session.get(Node, node_id)
+            if node is None:
+                return Verdict(
+                    accepted=False,
+                    code="unknown-node",
+                    sentence="This coordinator does not know this node: enrol it with an invite.",
+                )
+            if node.status == "banned":
+                return Verdict(
+                    accepted=False,
+                    code="banned",
+                    sentence=f"This node is banned: {node.sentence}",
+                )
+            return Verdict(accepted=True, code=node.status, sentence=node.sentence)
+
+    def public_key_pem(self, node_id: str) -> bytes:
+        """The key that a node signs with."""
+        with self.coordinator.ledger.read() as session:
+            return _node(session, node_id).public_key_pem.encode("ascii")
+
+    def nodes(self) -> Sequence[Node]:
+        """All nodes, in the order of their enrolment."""
+        with self.coordinator.ledger.read() as session:
+            return session.scalars(select(Node).order_by(Node.enrolled_unix)).all()
+
+    # Reports --------------------------------------------------------------------------------------
+
+    def poll_seconds(self) -> float:
+        """How often each node may ask the SuperLink for messages."""
+        network = self.coordinator.config.network
+        with self.coordinator.ledger.read() as session:
+            count = len(session.scalars(select(Node.node_id).where(Node.status != "banned")).all())
+        return rounds.poll_seconds(count, network.max_pulls_per_second, network.min_poll_seconds)
+
+    def report(self, node_id: str, report: NodeReport) -> NodeReportReply:
+        """Note what a node does, and tell it what it should know."""
+        now = time.time()
+        body = canonical_bytes(report).decode("ascii")
+        poll = self.poll_seconds()
+        with self.coordinator.ledger.write() as session:
+            node = _node(session, node_id)
+            state = session.get(NodeState, node_id)
+            if state is None:
+                session.add(NodeState(node_id=node_id, seen_unix=now, report=body, restarts=0))
+            else:
+                before = NodeReport.model_validate_json(state.report)
+                if before.started_unix != report.started_unix:
+                    state.restarts += 1
+                    away = now - state.seen_unix
+                    note(session, "returned", f"{node.name} is back after {away:.1f} s.")
+                state.seen_unix = now
+                state.report = body
+            run = session.get(Run, self.coordinator.run_id)
+            latest = session.scalars(
+                select(Version.version)
+                .where(Version.run_id == self.coordinator.run_id)
+                .order_by(Version.version.desc())
+                .limit(1)
+            ).one_or_none()
+            lease_open = False
+            if report.lease_id is not None:
+                lease = session.get(LeaseRecord, report.lease_id)
+                if lease is not None and lease.node_id == node_id and lease.state == "open":
+                    current = session.get(Round, (self.coordinator.run_id, lease.round))
+                    lease_open = current is not None and current.state == "open"
+            return NodeReportReply(
+                status=_status(node.status),
+                sentence=node.sentence,
+                report_seconds=max(REPORT_SECONDS, 4 * poll),
+                poll_seconds=poll,
+                latest_version=latest,
+                run_finished=run is not None and run.finished_unix is not None,
+                lease_open=lease_open,
+            )
+
+
+def find_node(nodes: Sequence[Node], wanted: str) -> Node:
+    """A node by its id, the beginning of its id, or its name."""
+    hits = [n for n in nodes if wanted in (n.node_id, n.name)] or [
+        n for n in nodes if wanted and n.node_id.startswith(wanted)
+    ]
+    if len(hits) != 1:
+        raise ConfigError(
+            f"{len(hits) or 'No'} nodes match {wanted!r}: give one node's id as "
+            "'talkoot-coordinator nodes list' shows it."
+        )
+    return hits[0]
+
+
+def capability_of(node: Node) -> Capability:
+    """What a node last measured of itself."""
+    return Capability.model_validate_json(node.capability)
+
+
+def _node(session: Session, node_id: str) -> Node:
+    node = session.get(Node, node_id, with_for_update=True)
+    if node is None:
+        raise RefusedError("This coordinator does not know this node.", code="unknown-node")
+    return node
+
+
+def _status(text: str) -> NodeStatus:
+    for known in get_args(NodeStatus):
+        if text == known:
+            return cast(NodeStatus, known)
+    raise ValueError(f"the ledger holds an unknown node status {text!r}")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

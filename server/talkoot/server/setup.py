@@ -1,0 +1,213 @@
+"""``talkoot-coordinator init``: from a configuration to a whole state directory, or none."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from talkoot.protocol.artifacts import ArtifactStore
+from talkoot.protocol.corpus import MANIFEST, CorpusManifest
+from talkoot.protocol.errors import ConfigError, TalkootError
+from talkoot.protocol.files import DirectoryLock, explain_os_error, write_atomic
+from talkoot.protocol.identity import NodeKey
+from talkoot.protocol.messages import CodecSpec, RunSpec, canonical_bytes
+from talkoot.server.ca import CertificateAuthority
+from talkoot.server.config import Config, NetworkSection, dump_config
+from talkoot.server.coordinator import note
+from talkoot.server.ledger import Ledger
+from talkoot.server.ledger.schema import Run, Version
+from talkoot.server.state import StateDir
+
+if TYPE_CHECKING:
+    import torch
+
+Say = Callable[[str], None]
+
+
+def init(root: Path, config: Config, *, say: Say) -> str:
+    """Make a state directory for a new run; returns the run id.
+
+    Interrupted half-way it leaves a directory that ``serve`` and ``init`` refuse with a sentence.
+    """
+    config = _with_ports(config)
+    state = StateDir(root.absolute())
+    state.create()
+    try:
+        with DirectoryLock(state.root, who="coordinator"):
+            run_id = _fill(state, config, say)
+            state.finish(run_id)
+    except TalkootError:
+        shutil.rmtree(state.root, ignore_errors=True)
+        raise
+    except OSError as err:
+        shutil.rmtree(state.root, ignore_errors=True)
+        raise explain_os_error(err, "making the state directory", state.root) from err
+    return run_id
+
+
+def _fill(state: StateDir, config: Config, say: Say) -> str:
+    from talkoot.protocol.manifest import manifest_of
+    from talkoot.protocol.model import config_bytes, named_trainable
+    from talkoot.protocol.tokenizer import load_tokenizer
+    from talkoot.server.aggregate import VersionDir, initial_state
+    from talkoot.server.conductor import link_checkpoint
+    from talkoot.server.corpus import build_corpus
+
+    say("Keys and certificate authority …")
+    CertificateAuthority.create(state.ca)
+    key = NodeKey.generate()
+    key.save(state.coordinator_key)
+
+    if config.tokenizer.path is not None:
+        _copy_tree(Path(config.tokenizer.path), state.tokenizer)
+    tokenizer = load_tokenizer(
+        config.tokenizer.kind, state.tokenizer if config.tokenizer.kind == "hf" else None
+    )
+    say(f"Corpus from {', '.join(config.corpus.sources)} …")
+    corpus = build_corpus(
+        config.corpus.sources,
+        tokenizer,
+        state.corpus,
+        block_tokens=config.corpus.block_tokens,
+        heldout_fraction=config.corpus.heldout_fraction,
+        seed=config.run.seed,
+        encoding=config.corpus.encoding,
+    )
+    say(
+        f"  {corpus.documents:,} documents, {corpus.tokens:,} tokens in {corpus.block_count:,} "
+        f"blocks; {corpus.heldout_documents:,} documents held out"
+    )
+
+    say("Model and first version …")
+    model_config, model = _model(config)
+    _check_vocabulary(model_config, corpus)
+    named = dict(named_trainable(model))
+    manifest = manifest_of(named.items())
+    store = ArtifactStore(state.store)
+    directory = "v00000000"
+    first = VersionDir(state.versions / directory)
+    digest = initial_state(manifest, lambda name: named[name].detach(), first.path)
+    checkpoint = link_checkpoint(store, first)
+
+    run_id = f"{config.run.name[:50]}-{secrets.token_hex(4)}"
+    spec = RunSpec(
+        run_id=run_id,
+        model=store.put_bytes(config_bytes(model_config)),
+        manifest=store.put_bytes(manifest.to_bytes()),
+        corpus=store.put_bytes((state.corpus / MANIFEST).read_bytes()),
+        parameters=manifest.parameters,
+        sequence_length=config.model.sequence_length,
+        micro_batch=config.model.micro_batch,
+        inner=config.inner,
+        uplink=config.uplink,
+        downlink=CodecSpec(**config.downlink.model_dump()),
+        feedback_decay=config.feedback_decay,
+        seed=config.run.seed,
+    )
+    signed = key.sign("RunSpec", canonical_bytes(spec))
+
+    ledger = Ledger(Ledger.url_at(state.root, config.ledger.url))
+    ledger.migrate()
+    now = time.time()
+    with ledger.write() as session:
+        session.add(
+            Run(
+                run_id=run_id,
+                spec=canonical_bytes(signed).decode("ascii"),
+                rounds_total=config.run.rounds,
+                created_unix=now,
+                finished_unix=None,
+            )
+        )
+        session.flush()
+        session.add(
+            Version(
+                run_id=run_id,
+                version=0,
+                weights_digest=digest,
+                update_digest=None,
+                update_bytes=None,
+                checkpoint_digest=checkpoint.digest,
+                checkpoint_bytes=checkpoint.size_bytes,
+                directory=directory,
+                published_unix=now,
+            )
+        )
+        note(session, "made", f"Run {run_id}: {manifest.parameters:,} parameters.")
+    ledger.close()
+    write_atomic(state.config, dump_config(config).encode(), mode=0o600)
+    say(f"Run {run_id}: {manifest.parameters:,} parameters, version 0 is {digest[:12]}")
+    return run_id
+
+
+def _model(config: Config) -> tuple[dict[str, Any], torch.nn.Module]:
+    from talkoot.protocol.model import build_model, load_pretrained, parse_config, preset
+
+    section = config.model
+    if section.pretrained is not None:
+        return load_pretrained(Path(section.pretrained))
+    if section.preset is not None:
+        model_config = preset(section.preset)
+    else:
+        path = Path(section.config or "")
+        try:
+            model_config = parse_config(path.read_bytes())
+        except OSError as err:
+            raise ConfigError(f"model.config: {path} cannot be read ({err.strerror}).") from err
+    return model_config, build_model(model_config, seed=config.run.seed, device="cpu")
+
+
+def _check_vocabulary(model_config: dict[str, Any], corpus: CorpusManifest) -> None:
+    vocabulary = int(model_config.get("vocab_size", 0))
+    if vocabulary < corpus.tokenizer.vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {corpus.tokenizer.vocab_size} ids and the model only knows "
+            f"{vocabulary}: choose a model whose vocab_size is at least as large."
+        )
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        raise ConfigError(f"tokenizer.path: {source} is not a directory.")
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+
+
+def _with_ports(config: Config) -> Config:
+    """Choose free ports where the configuration says 0; they stay the same from then on."""
+    network = config.network
+    chosen: dict[str, Any] = network.model_dump()
+    taken: list[socket.socket] = []
+    try:
+        for name in ("gateway_port", "transfer_port", "superlink_port"):
+            if chosen[name] == 0:
+                # 0.0.0.0 for all: a port that is free on every address is free on loopback, too.
+                free = socket.socket()
+                free.bind(("0.0.0.0", 0))  # noqa: S104 - only to find a number
+                taken.append(free)
+                chosen[name] = free.getsockname()[1]
+    finally:
+        for one in taken:
+            one.close()
+    return config.model_copy(update={"network": NetworkSection(**chosen)})
+
+
+def issue_server_certificate(state: StateDir, config: Config) -> tuple[Path, Path]:
+    """A fresh certificate for gateway, transfer service and SuperLink; returns (cert, key)."""
+    names, ips = [], []
+    with suppress(ValueError):
+        ips.append(str(ipaddress.ip_address(config.network.public_host)))
+    if not ips:
+        names.append(config.network.public_host)
+    key = NodeKey.generate()
+    certificate = CertificateAuthority.load(state.ca).issue_server(names, ips, key)
+    cert_path, key_path = state.tls / "server.pem", state.tls / "server.key"
+    write_atomic(key_path, key.private_pem(), mode=0o600)
+    write_atomic(cert_path, certificate, mode=0o600)
+    return cert_path, key_path

@@ -1,0 +1,141 @@
+"""Who may hold a transfer open: a few streams a node, and never so many that calls starve.
+
+A gRPC stream holds one worker thread for as long as its peer pleases. A node over its share loses
+its own oldest stream (most likely one whose connection died unnoticed), and when all are taken, the
+streams that stand still make room. No stream is ended while nobody needs its place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterable
+from types import TracebackType
+
+from talkoot.protocol.errors import UnavailableError
+
+
+class Stream:
+    """One open transfer; a context manager that gives its place back."""
+
+    def __init__(self, table: StreamTable, node_id: str, cancel: Callable[[], object]) -> None:
+        self.node_id = node_id
+        self.cancel = cancel
+        self.key: Hashable = None
+        self.moved = table.now()
+        self._table = table
+
+    def touch(self) -> None:
+        """Bytes moved."""
+        self.moved = self._table.now()
+
+    def claim(self, key: Hashable) -> None:
+        """Work on ``key`` alone: this node's earlier stream on the same key is ended first.
+
+        Raises:
+            UnavailableError: the earlier one is not to be interrupted now (code ``in-progress``).
+        """
+        self._table.claim(self, key)
+
+    def release(self) -> None:
+        """Give the place back; harmless when done twice."""
+        self._table.release(self)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class StreamTable:
+    """All open transfers of a server. Thread-safe.
+
+    Args:
+        total: streams at once.
+        per_node: streams of one node at once.
+        stall_seconds: a stream that moved nothing for so long may lose its place.
+        patience_seconds: how long a newcomer waits for a place that is being freed.
+        now: a monotonic clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        total: int,
+        per_node: int,
+        stall_seconds: float,
+        patience_seconds: float,
+        now: Callable[[], float],
+    ) -> None:
+        self._total = total
+        self._per_node = per_node
+        self._stall_seconds = stall_seconds
+        self._patience_seconds = patience_seconds
+        self.now = now
+        self._changed = threading.Condition()
+        self._open: list[Stream] = []  # oldest first
+
+    def admit(self, node_id: str, cancel: Callable[[], object]) -> Stream:
+        """Take a place for ``node_id``; ``cancel`` ends the transfer from another thread.
+
+        Raises:
+            UnavailableError: every place is in use (code ``busy``).
+        """
+        with self._changed:
+            own = [stream for stream in self._open if stream.node_id == node_id]
+            if len(own) >= self._per_node:
+                self._end(own[: len(own) - self._per_node + 1])
+            if len(self._open) >= self._total:
+                oldest_move = self.now() - self._stall_seconds
+                self._end([stream for stream in self._open if stream.moved < oldest_move])
+            if len(self._open) >= self._total or self._count(node_id) >= self._per_node:
+                raise UnavailableError(
+                    "The coordinator has as many transfers open as it can serve: "
+                    "try again in a moment.",
+                    code="busy",
+                )
+            stream = Stream(self, node_id, cancel)
+            self._open.append(stream)
+            return stream
+
+    def claim(self, stream: Stream, key: Hashable) -> None:
+        """See :meth:`Stream.claim`."""
+        with self._changed:
+            stream.key = key
+            earlier = [
+                other
+                for other in self._open
+                if other is not stream and (other.node_id, other.key) == (stream.node_id, key)
+            ]
+            self._end(earlier)
+            if any(other in self._open for other in earlier):
+                raise UnavailableError(
+                    "This artifact is being received already; try again in a moment.",
+                    code="in-progress",
+                )
+
+    def release(self, stream: Stream) -> None:
+        """See :meth:`Stream.release`."""
+        with self._changed:
+            if stream in self._open:
+                self._open.remove(stream)
+                self._changed.notify_all()
+
+    def _count(self, node_id: str) -> int:
+        return sum(stream.node_id == node_id for stream in self._open)
+
+    def _end(self, streams: Iterable[Stream]) -> None:
+        """Cancel streams and wait a little for their threads to let go (the lock is released)."""
+        ending = list(streams)
+        for stream in ending:
+            stream.cancel()
+        if ending:
+            self._changed.wait_for(
+                lambda: not any(stream in self._open for stream in ending),
+                timeout=self._patience_seconds,
+            )

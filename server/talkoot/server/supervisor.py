@@ -1,0 +1,282 @@
+"""Starts, watches and restarts the parts of a coordinator, and keeps the round loop submitted.
+
+Parts: the SuperLink (Flower's own program), the gateway and the transfer service. The round loop is
+a ServerApp, which the SuperLink starts; the supervisor submits it and submits it again when Flower
+says that its run has ended while ours has not. Every part may die at any time: a part that dies is
+started again after a pause that grows with every early death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from talkoot.protocol.errors import StateError, TalkootError, UnavailableError
+from talkoot.server.app import STATE_VARIABLE
+from talkoot.server.book import Book
+from talkoot.server.coordinator import Coordinator
+from talkoot.server.flower import (
+    ControlApi,
+    quiet_environment,
+    superexec_command,
+    superlink_command,
+    superlink_environment,
+)
+from talkoot.server.setup import issue_server_certificate
+
+log = logging.getLogger(__name__)
+
+HEALTHY_SECONDS = 30.0
+"""A part that lived so long has its back-off forgiven."""
+MAX_BACKOFF_SECONDS = 30.0
+STOP_SECONDS = 10.0
+RUN_CHECK_SECONDS = 1.0
+LOOP_SECONDS = 0.2
+
+
+@dataclass
+class Part:
+    """One child process and its restarts."""
+
+    name: str
+    command: list[str]
+    env: dict[str, str]
+    log_path: Path
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    backoff: float = 0.0
+    due: float = 0.0
+    waits_for_superlink: bool = False
+
+    def start(self) -> None:
+        """Start the process; its output goes to its log."""
+        with self.log_path.open("ab") as out:
+            self.process = subprocess.Popen(
+                self.command,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is the supervisor's to handle
+            )
+        self.started = time.monotonic()
+
+    def died(self) -> bool:
+        """Whether the process has ended."""
+        return self.process is not None and self.process.poll() is not None
+
+    def schedule(self, now: float) -> float:
+        """After a death: when to start again; returns the pause in seconds."""
+        if now - self.started > HEALTHY_SECONDS:
+            self.backoff = 0.0
+        pause = self.backoff
+        self.backoff = min(MAX_BACKOFF_SECONDS, max(0.25, 2 * self.backoff))
+        self.due = now + pause
+        self.process = None
+        return pause
+
+    def last_words(self) -> str:
+        """The end of the part's log, on one line."""
+        try:
+            lines = self.log_path.read_text("utf-8", "replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1][:300] if lines else ""
+
+
+class Supervisor:
+    """Runs one coordinator in the foreground.
+
+    Args:
+        coordinator: open state, locked by the caller.
+        say: tells the operator one line.
+    """
+
+    def __init__(self, coordinator: Coordinator, say: Callable[[str], None]) -> None:
+        self._c = coordinator
+        self._say = say
+        self._stop = threading.Event()
+        self._book = Book(coordinator)
+        network = coordinator.config.network
+        check_ports_free(coordinator)
+        certificate, key = issue_server_certificate(coordinator.state, coordinator.config)
+        state = coordinator.state
+        env = quiet_environment(os.environ)
+        env["PYTHONUNBUFFERED"] = "1"
+        parts = [sys.executable, "-m", "talkoot.server.parts"]
+        superlink_env = superlink_environment(os.environ, state.flower)
+        superlink_env[STATE_VARIABLE] = str(state.root)
+        self._parts = [
+            Part(
+                "superlink",
+                [
+                    *(sys.executable, "-m", "talkoot.server.leash"),
+                    *superlink_command(
+                        port=network.superlink_port,
+                        database=state.root / "flower.db",
+                        certificate=certificate,
+                        key=key,
+                        ca=state.ca / "ca.pem",
+                    ),
+                ],
+                superlink_env,
+                state.logs / "superlink.log",
+            ),
+            Part(
+                "superexec",
+                [
+                    *(sys.executable, "-m", "talkoot.server.leash"),
+                    *superexec_command(port=network.superlink_port, ca=state.ca / "ca.pem"),
+                ],
+                superlink_env,
+                state.logs / "superexec.log",
+                waits_for_superlink=True,
+            ),
+            *(
+                Part(
+                    name,
+                    [*parts, name, "--state", str(state.root)],
+                    env,
+                    state.logs / f"{name}.out.log",
+                )
+                for name in ("gateway", "transfer")
+            ),
+        ]
+        self._control = ControlApi(network.superlink_port, coordinator.ca_pem)
+        self._flower_run: int | None = None
+        self._check_run = 0.0
+        self._announced = False
+        self._superlink_ready = False
+
+    def stop(self) -> None:
+        """Ask :meth:`run` to end."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Keep everything running until :meth:`stop`."""
+        try:
+            while not self._stop.wait(LOOP_SECONDS):
+                self._tend()
+        finally:
+            self._stop_parts()
+
+    def _tend(self) -> None:
+        now = time.monotonic()
+        for part in self._parts:
+            if part.died():
+                code = part.process.returncode if part.process is not None else None
+                pause = part.schedule(now)
+                self._say(
+                    f"{part.name} ended ({_cause(code)}); starting it again in {pause:.1f} s. "
+                    f"{part.last_words() if code and code > 0 else ''}".rstrip()
+                )
+                with contextlib.suppress(TalkootError):
+                    self._book.note("restart", f"The {part.name} ended ({_cause(code)}).")
+                if part.name == "superlink":
+                    self._flower_run = None
+                    self._superlink_ready = False
+            may_start = self._superlink_ready or not part.waits_for_superlink
+            if part.process is None and now >= part.due and may_start:
+                part.start()
+                self._write_pids()
+        if now >= self._check_run:
+            self._check_run = now + RUN_CHECK_SECONDS
+            self._keep_submitted()
+
+    def _keep_submitted(self) -> None:
+        """Make sure that Flower runs our ServerApp while there are rounds to do."""
+        try:
+            try:
+                runs = self._control.runs()
+            except UnavailableError:
+                self._check_run = time.monotonic() + 0.1  # it is starting
+                return
+            self._superlink_ready = True
+            if not self._announced:
+                self._announced = True
+                self._say(
+                    f"Serving run {self._c.run_id}: gateway on port "
+                    f"{self._c.config.network.gateway_port}, transfer on port "
+                    f"{self._c.config.network.transfer_port}."
+                )
+            if self._flower_run is None:
+                # Runs that an earlier SuperLink process began have lost their ServerApp.
+                for run_id, (status, _, _) in runs.items():
+                    if status != "finished":
+                        self._control.stop_run(run_id)
+            elif runs.get(self._flower_run, ("finished",))[0] != "finished":
+                return
+            if self._book.finished():
+                return
+            if self._flower_run is not None:
+                _, sub_status, details = runs.get(self._flower_run, ("", "unknown", ""))
+                self._say(f"The round loop ended ({sub_status} {details}); submitting it again.")
+            self._flower_run = self._control.start_run()
+        except TalkootError as err:
+            log.warning("the round loop could not be submitted: %s", err.sentence)
+
+    def _write_pids(self) -> None:
+        lines = [f"supervisor {os.getpid()}"]
+        lines += [f"{p.name} {p.process.pid}" for p in self._parts if p.process is not None]
+        (self._c.state.run / "pids").write_text("\n".join(lines) + "\n", encoding="ascii")
+
+    def _stop_parts(self) -> None:
+        for part in reversed(self._parts):
+            if part.process is not None and part.process.poll() is None:
+                _signal_group(part.process, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        for part in self._parts:
+            if part.process is None:
+                continue
+            try:
+                part.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _signal_group(part.process, signal.SIGKILL)
+                part.process.wait()
+        (self._c.state.run / "pids").unlink(missing_ok=True)
+
+
+def check_ports_free(coordinator: Coordinator) -> None:
+    """Refuse to start on a port that somebody has, with the port's name."""
+    network = coordinator.config.network
+    wanted = (
+        ("gateway_port", network.bind, network.gateway_port),
+        ("transfer_port", network.bind, network.transfer_port),
+        ("superlink_port", "127.0.0.1", network.superlink_port),
+    )
+    for name, host, port in wanted:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as err:
+                raise StateError(
+                    f"Port {port} on {host} cannot be used ({err.strerror}): another program has "
+                    f"it, perhaps another coordinator; stop that, or change network.{name} in "
+                    f"{coordinator.state.config}.",
+                    code="port-taken",
+                ) from err
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _cause(code: int | None) -> str:
+    if code is None:
+        return "unknown"
+    if code < 0:
+        return signal.Signals(-code).name
+    return f"exit status {code}"

@@ -1,0 +1,409 @@
+"""The data plane's server: artifacts by digest over gRPC with mTLS, resumable in both directions.
+
+This is a thin shell. Who may do what, and what a message means, is the :class:`Backend`'s; here are
+identity, caps, streams and the mapping of errors. The peer is the node that its certificate names,
+whatever a message says.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent import futures
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol, cast
+
+import grpc
+
+from talkoot.protocol import limits
+from talkoot.protocol.artifacts import Slice, Source
+from talkoot.protocol.errors import ProtocolError, RefusedError, StateError, UnavailableError
+from talkoot.protocol.ingest import Ingest, check_digest, check_size, received_bytes, trim_parts
+from talkoot.protocol.messages import (
+    Message,
+    NodeReport,
+    NodeReportReply,
+    Signed,
+    Verdict,
+    canonical_bytes,
+    parse,
+)
+from talkoot.protocol.refusals import to_status
+from talkoot.protocol.wire.transfer_pb2 import (
+    Envelope,
+    FetchChunk,
+    FetchRequest,
+    PushChunk,
+    PushState,
+    PushStatusRequest,
+)
+from talkoot.protocol.wire.transfer_pb2_grpc import (
+    TransferServicer as WireServicer,
+)
+from talkoot.protocol.wire.transfer_pb2_grpc import (
+    add_TransferServicer_to_server,
+)
+from talkoot.server.streams import StreamTable
+
+log = logging.getLogger(__name__)
+
+MAX_STREAMS_PER_NODE: Final = 4
+MAX_PARTS_PER_NODE: Final = 4
+"""Unfinished uploads kept for one node; the oldest goes when another begins."""
+STALL_SECONDS: Final = 120.0
+PATIENCE_SECONDS: Final = 5.0
+
+_NODE_ID = re.compile(r"[0-9a-f]{16}")
+_LEASE_ID = re.compile(r"[0-9a-f]{32}")
+
+OPTIONS: Final[tuple[tuple[str, int], ...]] = (
+    ("grpc.max_receive_message_length", limits.MAX_TRANSFER_MESSAGE),
+    ("grpc.max_send_message_length", limits.MAX_TRANSFER_MESSAGE),
+    ("grpc.max_metadata_size", 16 * limits.KIB),
+    # Nothing of ours compresses on this layer, so nothing of a peer's is decompressed. (grpcio
+    # 1.85 also caps what a message inflates to: 512 MiB of zeros left the server at 74 MiB.)
+    ("grpc.per_message_decompression", 0),
+    ("grpc.max_concurrent_streams", 16),  # of one connection
+    ("grpc.so_reuseport", 0),  # a second server on this port must fail, not share it
+    # A node behind a dead NAT entry is noticed within 80 s.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 10 * 60_000),
+    # gRPC waits for a request in a worker thread, so a peer that opens calls and says nothing holds
+    # threads: for so long and no longer. An honest transfer resumes on a new connection.
+    ("grpc.max_connection_age_ms", 30 * 60_000),
+    ("grpc.max_connection_age_grace_ms", 5 * 60_000),
+)
+
+
+class Backend(Protocol):
+    """What stands behind the data plane. Called from many threads at once.
+
+    Any method may raise a :class:`~talkoot.protocol.errors.TalkootError`, which reaches the peer
+    with its code and sentence (see ``talkoot.protocol.refusals`` for what stays inside).
+    """
+
+    def authorize(self, node_id: str) -> Verdict:
+        """Whether this node may use the data plane at all; asked on every call."""
+        ...
+
+    def source(self) -> Source:
+        """What may be fetched."""
+        ...
+
+    def may_push(self, node_id: str, lease_id: str, digest: str, size: int) -> Verdict:
+        """Whether to take this upload (size in bytes); asked before a byte of it is taken."""
+        ...
+
+    def incoming_root(self) -> Path:
+        """The directory of unfinished uploads; each node's are in its own folder there."""
+        ...
+
+    def pushed(self, node_id: str, lease_id: str, digest: str, path: Path) -> None:
+        """A whole, verified file has arrived at ``path``: move it from there."""
+        ...
+
+    def has_pushed(self, node_id: str, lease_id: str, digest: str) -> bool:
+        """Whether ``pushed`` was called for this and has kept the file."""
+        ...
+
+    def submit(self, node_id: str, signed: Signed) -> Verdict:
+        """Judge a signed Contribution."""
+        ...
+
+    def prove(self, node_id: str, signed: Signed) -> Verdict:
+        """Judge a signed Proof."""
+        ...
+
+    def challenge(self, node_id: str) -> bytes:
+        """What the node's next proof must be made for; at most ``limits.MAX_CONTROL_MESSAGE``."""
+        ...
+
+    def report(self, node_id: str, report: NodeReport) -> NodeReportReply:
+        """Take a heartbeat."""
+        ...
+
+    def run_spec(self, node_id: str) -> Signed:
+        """The signed RunSpec."""
+        ...
+
+    def task(self, node_id: str) -> Signed | None:
+        """The signed RoundTask that is open for this node, or None."""
+        ...
+
+
+class _Claim(NamedTuple):
+    """What an upload says it is."""
+
+    lease_id: str
+    digest: str
+    size: int  # bytes
+
+
+class TransferServicer(WireServicer):
+    """The service over a :class:`Backend`. ``max_streams``: transfers open at once."""
+
+    def __init__(
+        self, backend: Backend, *, max_streams: int, stall_seconds: float = STALL_SECONDS
+    ) -> None:
+        self._backend = backend
+        self._streams = StreamTable(
+            total=max_streams,
+            per_node=MAX_STREAMS_PER_NODE,
+            stall_seconds=stall_seconds,
+            patience_seconds=PATIENCE_SECONDS,
+            now=time.monotonic,
+        )
+
+    # Bulk ----------------------------------------------------------------------
+
+    def Fetch(  # noqa: N802 - the name in the schema
+        self, request: FetchRequest, context: grpc.ServicerContext
+    ) -> Iterator[FetchChunk]:
+        """Stream an artifact from an offset to its end."""
+        with self._answering(context) as node_id:
+            found = self._backend.source().lookup(check_digest(request.digest))
+            if found is None:
+                raise _unknown()
+            if request.offset > found.length:
+                raise ProtocolError(
+                    f"This artifact ends at {found.length}, before offset {request.offset}.",
+                    code="wrong-offset",
+                )
+            stream = self._streams.admit(node_id, context.cancel)
+            # gRPC drops the generator of a broken call without saying when.
+            context.add_callback(stream.release)
+            with stream:
+                for data in _read(found, request.offset):
+                    yield FetchChunk(data=data, total_size=found.length)
+                    stream.touch()
+
+    def PushStatus(  # noqa: N802
+        self, request: PushStatusRequest, context: grpc.ServicerContext
+    ) -> PushState:
+        """How much of an upload is here."""
+        with self._answering(context) as node_id:
+            claim = _claim(request)
+            if self._taken(node_id, claim):
+                return PushState(offset=claim.size, complete=True)
+            incoming = self._backend.incoming_root()
+            return PushState(offset=received_bytes(incoming, node_id, claim.digest, claim.size))
+
+    def Push(  # noqa: N802
+        self, request_iterator: Iterator[PushChunk], context: grpc.ServicerContext
+    ) -> PushState:
+        """Receive an upload; verified and delivered when its last byte is here."""
+        with self._answering(context) as node_id:
+            with self._streams.admit(node_id, context.cancel) as stream:
+                first = next(request_iterator, None)
+                if first is None:
+                    raise ProtocolError("An upload began without a chunk.", code="malformed")
+                claim = _claim(first)
+                if self._taken(node_id, claim):
+                    return PushState(offset=claim.size, complete=True)
+                stream.claim(claim.digest)
+                incoming = self._backend.incoming_root()
+                trim_parts(incoming, node_id, MAX_PARTS_PER_NODE - 1, spare=claim.digest)
+                with Ingest(incoming, node_id, claim.digest, claim.size) as ingest:
+                    for chunk in chain([first], request_iterator):
+                        _check_chunk(chunk, claim)
+                        ingest.append(chunk.offset, chunk.data)
+                        if chunk.data:
+                            stream.touch()
+                    if ingest.offset() < claim.size:
+                        return PushState(offset=ingest.offset())
+                    path = ingest.finish()
+                    self._backend.pushed(node_id, claim.lease_id, claim.digest, path)
+            return PushState(offset=claim.size, complete=True)
+
+    def _taken(self, node_id: str, claim: _Claim) -> bool:
+        """True if it is here already; otherwise the backend must want it."""
+        if self._backend.has_pushed(node_id, claim.lease_id, claim.digest):
+            return True
+        _insist(self._backend.may_push(node_id, claim.lease_id, claim.digest, claim.size))
+        return False
+
+    # Messages ----------------------------------------------------------------------
+
+    def Submit(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
+        """A signed Contribution: a Verdict."""
+        with self._answering(context) as node_id:
+            return _envelope(self._backend.submit(node_id, _signed(request, "Contribution")))
+
+    def Prove(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
+        """A signed Proof: a Verdict."""
+        with self._answering(context) as node_id:
+            return _envelope(self._backend.prove(node_id, _signed(request, "Proof")))
+
+    def Challenge(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
+        """What the next proof must be made for."""
+        with self._answering(context) as node_id:
+            body = self._backend.challenge(node_id)
+            if len(body) > limits.MAX_CONTROL_MESSAGE:
+                raise ValueError(f"the backend's challenge has {len(body)} bytes")
+            return Envelope(body=body)
+
+    def Report(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
+        """A heartbeat."""
+        with self._answering(context) as node_id:
+            return _envelope(self._backend.report(node_id, parse(NodeReport, request.body)))
+
+    def GetRun(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
+        """The signed RunSpec."""
+        with self._answering(context) as node_id:
+            return _envelope(self._backend.run_spec(node_id))
+
+    def GetTask(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
+        """The signed RoundTask that is open for the node."""
+        with self._answering(context) as node_id:
+            task = self._backend.task(node_id)
+            if task is None:
+                raise RefusedError("There is no task for this node now.", code="no-task")
+            return _envelope(task)
+
+    @contextmanager
+    def _answering(self, context: grpc.ServicerContext) -> Iterator[str]:
+        """The peer's node id, once authorized; any error inside becomes the call's status."""
+        try:
+            node_id = peer_node_id(context)
+            _insist(self._backend.authorize(node_id))
+            yield node_id
+            return
+        except grpc.RpcError:
+            raise  # the call is over: there is nobody left to tell
+        except Exception as err:  # a bug must not tell a peer about our insides
+            status, detail = to_status(err)
+            if status is grpc.StatusCode.INTERNAL:
+                log.error("the data plane failed while answering", exc_info=err)
+        context.abort(status, detail)
+
+
+def peer_node_id(context: grpc.ServicerContext) -> str:
+    """The node id in the common name of the peer's verified certificate.
+
+    gRPC shows the first common name of a subject; the CA, which writes the subject, puts one there.
+
+    Raises:
+        RefusedError: the certificate does not name a node (code ``no-identity``).
+    """
+    # The stubs say "bytes"; gRPC gives an iterable of them (grpc.ServicerContext.auth_context).
+    auth = cast(Mapping[str, Iterable[bytes]], context.auth_context())
+    names = list(auth.get("x509_common_name", ()))
+    name = names[0].decode("ascii", "replace") if len(names) == 1 else ""
+    if not _NODE_ID.fullmatch(name):
+        raise RefusedError(
+            "The certificate of this connection names no node: enrol first.", code="no-identity"
+        )
+    return name
+
+
+def serve(
+    backend: Backend,
+    address: str,
+    server_key_pem: bytes,
+    server_cert_pem: bytes,
+    client_ca_pem: bytes,
+    max_workers: int = 64,
+) -> grpc.Server:
+    """Start serving on ``address`` (``host:port``); stop it with ``.stop(grace_seconds)``.
+
+    A quarter of the worker threads is kept for short calls, whatever the transfers do. Clients
+    must show a certificate that ``client_ca_pem`` signed.
+
+    Raises:
+        StateError: the address is in use, or key and certificate are unusable.
+    """
+    spare = max(1, max_workers // 4)
+    servicer = TransferServicer(backend, max_streams=max(1, max_workers - spare))
+    server = grpc.server(
+        futures.ThreadPoolExecutor(max_workers, thread_name_prefix="transfer"),
+        options=OPTIONS,
+        maximum_concurrent_rpcs=4 * max_workers,
+    )
+    add_TransferServicer_to_server(servicer, server)
+    credentials = grpc.ssl_server_credentials(
+        [(server_key_pem, server_cert_pem)],
+        root_certificates=client_ca_pem,
+        require_client_auth=True,
+    )
+    try:
+        server.add_secure_port(address, credentials)
+    except RuntimeError as err:
+        raise StateError(
+            f"The data plane cannot listen on {address}: stop what uses that address or choose "
+            "another, and check the server's key and certificate.",
+            code="address-in-use",
+        ) from err
+    server.start()
+    return server
+
+
+def _read(found: Slice, offset: int) -> Iterator[bytes]:
+    """The artifact from ``offset`` on, in chunks; one empty chunk if there is nothing left."""
+    try:
+        file = found.path.open("rb")
+    except FileNotFoundError as err:
+        raise _unknown() from err
+    with file:
+        file.seek(found.offset + offset)
+        left = found.length - offset
+        if left == 0:
+            yield b""
+        while left:
+            data = file.read(min(left, limits.TRANSFER_CHUNK))
+            if not data:
+                raise UnavailableError("The artifact is shorter than it was: try again later.")
+            left -= len(data)
+            yield data
+
+
+def _claim(request: PushStatusRequest | PushChunk) -> _Claim:
+    if not _LEASE_ID.fullmatch(request.lease_id):
+        raise ProtocolError("A lease id is 32 lower-case hexadecimal digits.", code="malformed")
+    return _Claim(request.lease_id, check_digest(request.digest), check_size(request.size))
+
+
+def _check_chunk(chunk: PushChunk, claim: _Claim) -> None:
+    if len(chunk.data) > limits.TRANSFER_CHUNK:
+        raise ProtocolError(
+            f"A chunk of {len(chunk.data)} bytes is over the cap of {limits.TRANSFER_CHUNK}.",
+            code="too-large",
+        )
+    repeated = (
+        chunk.lease_id or claim.lease_id,
+        chunk.digest or claim.digest,
+        chunk.size or claim.size,
+    )
+    if repeated != claim:
+        raise ProtocolError("An upload changed its name on the way.", code="malformed")
+
+
+def _signed(request: Envelope, kind: str) -> Signed:
+    signed = parse(Signed, request.body)
+    if signed.kind != kind:
+        raise ProtocolError(f"A signed {kind} is wanted here.", code="wrong-kind")
+    return signed
+
+
+def _envelope(message: Message) -> Envelope:
+    body = canonical_bytes(message)
+    if len(body) > limits.MAX_CONTROL_MESSAGE:
+        raise ValueError(f"the answer {type(message).__name__} has {len(body)} bytes")
+    return Envelope(body=body)
+
+
+def _insist(verdict: Verdict) -> None:
+    if not verdict.accepted:
+        raise RefusedError(verdict.sentence, code=verdict.code)
+
+
+def _unknown() -> RefusedError:
+    return RefusedError(
+        "The coordinator does not offer this artifact (any more): ask for the current version.",
+        code="unknown-artifact",
+    )

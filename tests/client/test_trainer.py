@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from talkoot.client.trainer.core import Trainer
+from talkoot.client.trainer_host import TrainerHost
+from talkoot.protocol.errors import (
+    IntegrityError,
+    ProtocolError,
+    StateError,
+    TalkootError,
+    UnavailableError,
+)
+from talkoot.protocol.messages import CodecSpec, InnerSpec, RoundTask
+from talkoot.protocol.model import named_trainable
+from talkoot.protocol.payload import PayloadReader
+from talkoot.protocol.proof import proof_loss
+from talkoot.protocol.weights import WeightsReader, apply_update
+
+if TYPE_CHECKING:
+    from .conftest import RunFiles
+else:
+    RunFiles = Any
+
+MakeRun = Callable[..., RunFiles]
+NONCE = "00112233445566778899aabbccddeeff"
+
+
+def opened(run: RunFiles, root: Path, *, checkpoint_seconds: float = 1e9) -> Trainer:
+    trainer = Trainer(root, "cpu", checkpoint_seconds=checkpoint_seconds)
+    trainer.open(run.spec, *run.open_paths)
+    return trainer
+
+
+def synced(run: RunFiles, root: Path, *, checkpoint_seconds: float = 1e9) -> Trainer:
+    trainer = opened(run, root, checkpoint_seconds=checkpoint_seconds)
+    trainer.sync(0, run.weights_digest, (0, run.weights), [])
+    return trainer
+
+
+def train_request(run: RunFiles, blocks: range) -> dict[str, Any]:
+    task, paths = run.task(blocks)
+    return {"task": task.model_dump(mode="json"), "blocks": [str(path) for path in paths]}
+
+
+def feedback_of(trainer: Trainer, run: RunFiles) -> dict[str, torch.Tensor]:
+    work = trainer._opened.work
+    assert work.state.feedback is not None
+    reader = WeightsReader(work.path(work.state.feedback), run.manifest)
+    return {name: reader.get(name) for name in reader.names()}
+
+
+def test_training_on_real_text_lowers_the_loss(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    trainer = synced(run, tmp_path / "work")
+    reports: list[dict[str, Any]] = []
+    task, blocks = run.task(range(40))
+    result = trainer.train(task, blocks, on_progress=reports.append)
+    assert reports[0]["step"] == 1
+    assert reports[-1]["step"] == result["steps"] == 40 * 512 // (4 * 64)
+    assert reports[0]["loss"] > 5.0
+    assert reports[-1]["loss"] < 4.0
+    assert result["tokens"] == task.lease.tokens
+    assert reports[-1]["loss"] < result["loss"] < reports[0]["loss"]
+
+
+def test_a_partial_last_batch_is_trained_on_too(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    spec = run.spec.model_copy(update={"micro_batch": 3})
+    trainer = Trainer(tmp_path / "work", "cpu")
+    trainer.open(spec, *run.open_paths)
+    trainer.sync(0, run.weights_digest, (0, run.weights), [])
+    task, blocks = run.task(range(2))
+    result = trainer.train(task, blocks)
+    assert result["steps"] == math.ceil(2 * 512 / 64 / 3)
+    assert result["tokens"] == 1024
+
+
+def test_a_lease_that_was_stopped_anywhere_ends_with_the_same_payload(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    whole = synced(run, tmp_path / "whole")
+    broken = synced(run, tmp_path / "broken")
+    for number, first in ((1, 0), (2, 4)):  # the second lease starts from kept moments
+        task, blocks = run.task(range(first, first + 4), round_number=number)
+        expected = whole.train(task, blocks)
+        for _ in range(3):
+            with pytest.raises(UnavailableError) as stopped:
+                broken.train(task, blocks, should_stop=_after(2))
+            assert stopped.value.code == "stopped"
+            broken = opened(run, tmp_path / "broken")  # as after a restart
+        assert broken.state()["lease"]["step"] == 6
+        result = broken.train(task, blocks)
+        assert result["digest"] == expected["digest"]
+        assert result["loss"] == expected["loss"]
+        for trainer in (whole, broken):
+            trainer.settle(task.lease.lease_id, accepted=True)
+
+
+def _after(calls: int) -> Callable[[], bool]:
+    """A ``should_stop`` that says yes once it has been asked ``calls`` times."""
+    left = iter(range(calls))
+    return lambda: next(left, None) is None
+
+
+def test_a_trainer_killed_with_sigkill_resumes_to_the_same_payload(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    task, blocks = run.task(range(30))
+    expected = synced(run, tmp_path / "whole").train(task, blocks)
+    request = train_request(run, range(30))
+    with TrainerHost(
+        tmp_path / "killed", "cpu", 1, tmp_path / "log", checkpoint_seconds=0.0
+    ) as host:
+        host.call("open", **run.open_request)
+        host.call(
+            "sync",
+            target={"version": 0, "weights_digest": run.weights_digest},
+            checkpoint={"version": 0, "path": str(run.weights)},
+            updates=[],
+        )
+
+        def kill(report: dict[str, Any]) -> None:
+            host.kill()
+
+        with pytest.raises(UnavailableError) as died:
+            host.call("train", on_progress=kill, **request)
+        assert died.value.code == "trainer-died"
+        lease = host.call("state")["lease"]  # a new child, opened again
+        assert 1 <= lease["step"] < lease["steps"]
+        assert not lease["done"]
+        reports: list[dict[str, Any]] = []
+        result = host.call("train", on_progress=reports.append, **request)
+        assert reports[0]["step"] > lease["step"]
+        assert result["digest"] == expected["digest"]
+        assert result["loss"] == expected["loss"]
+        assert host.call("train", **request) == result  # done: nothing is trained again
+
+        with pytest.raises(IntegrityError) as differs:
+            host.call(
+                "sync",
+                target={"version": 0, "weights_digest": "0" * 64},
+                checkpoint={"version": 0, "path": str(run.weights)},
+                updates=[],
+            )
+        assert differs.value.code == "replica-differs"
+        with pytest.raises(TalkootError, match="no operation"):
+            host.call("dance")
+
+        host.call("settle", lease_id=task.lease.lease_id, accepted=True)
+        child = host._living_child()
+        closer = threading.Thread(target=host.close)
+        with pytest.raises(UnavailableError):
+            host.call(
+                "train",
+                on_progress=lambda report: None if closer.ident else closer.start(),
+                **train_request(run, range(30, 130)),
+            )
+        closer.join()
+        assert child.process.returncode == 0  # the end of its input is a clean end too
+        with pytest.raises(UnavailableError) as closed:
+            host.call("state")
+        assert closed.value.code == "trainer-closed"
+    lease = opened(run, tmp_path / "killed").state()["lease"]
+    assert 1 <= lease["step"] < lease["steps"]
+
+
+def test_sigterm_checkpoints_and_exits_cleanly(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    work = tmp_path / "work"
+    synced(run, work)
+    with TrainerHost(work, "cpu", 1, tmp_path / "log", checkpoint_seconds=1e9) as host:
+        host.call("open", **run.open_request)
+        child = host._living_child()
+
+        def terminate(report: dict[str, Any]) -> None:
+            child.process.send_signal(signal.SIGTERM)
+
+        # Its answer is "stopped", or it is gone before the answer is read.
+        with pytest.raises(UnavailableError):
+            host.call("train", on_progress=terminate, **train_request(run, range(100)))
+        assert child.process.wait() == 0
+    assert opened(run, work).state()["lease"]["step"] >= 1
+
+
+def test_the_host_imports_no_torch() -> None:
+    code = (
+        "import talkoot.client.trainer_host, talkoot.client.hardware, talkoot.protocol.memory, "
+        "talkoot.protocol.model, talkoot.protocol.schedule, talkoot.protocol.proof, sys; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_sent_and_what_is_kept_add_up_to_the_pseudo_gradient(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    trainer = synced(run, tmp_path / "work")
+    task, blocks = run.task(range(4))
+    result = trainer.train(task, blocks)
+    assert trainer._model is not None
+    local = {name: p.detach().clone() for name, p in named_trainable(trainer._model)}
+    base = WeightsReader(run.weights, run.manifest)
+    payload = PayloadReader(Path(result["payload_path"]), run.manifest, run.spec.uplink)
+    kept = feedback_of(trainer, run)
+    for name, tensor in local.items():
+        sent = payload.decode(name).to_dense(tensor.numel()).reshape(tensor.shape)
+        torch.testing.assert_close(sent + kept[name], base.get(name) - tensor, rtol=1e-6, atol=1e-9)
+
+    trainer.settle(task.lease.lease_id, accepted=True)
+    second, more = run.task(range(4, 8), round_number=2)
+    result = trainer.train(second, more)
+    payload = PayloadReader(Path(result["payload_path"]), run.manifest, run.spec.uplink)
+    kept_now = feedback_of(trainer, run)
+    for name, parameter in named_trainable(trainer._model):
+        sent = payload.decode(name).to_dense(parameter.numel()).reshape(parameter.shape)
+        carried = run.spec.feedback_decay * kept[name]
+        torch.testing.assert_close(
+            sent + kept_now[name],
+            base.get(name) - parameter.detach() + carried,
+            rtol=1e-6,
+            atol=1e-8,
+        )
+
+
+def test_a_refused_contribution_goes_back_into_the_feedback(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    trainer = synced(run, tmp_path / "work")
+    task, blocks = run.task(range(4))
+    result = trainer.train(task, blocks)
+    assert trainer._model is not None
+    base = WeightsReader(run.weights, run.manifest)
+    expected = {name: base.get(name) - p.detach() for name, p in named_trainable(trainer._model)}
+    other, other_blocks = run.task(range(4, 6))
+    with pytest.raises(StateError) as unsettled:
+        trainer.train(other, other_blocks)
+    assert unsettled.value.code == "lease-unsettled"
+    assert trainer.settle("f" * 32, accepted=False) == {"settled": False}
+    assert trainer.settle(task.lease.lease_id, accepted=False) == {"settled": True}
+    for name, tensor in feedback_of(trainer, run).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-9)
+    before = feedback_of(trainer, run)
+    assert trainer.settle(task.lease.lease_id, accepted=False) == {"settled": False}
+    assert all(torch.equal(before[name], kept) for name, kept in feedback_of(trainer, run).items())
+    assert not Path(result["payload_path"]).exists()
+    assert trainer.state()["lease"] is None
+
+
+def test_a_crash_before_the_result_is_current_is_repeated_to_the_same_bytes(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    task, blocks = run.task(range(4))
+    expected = synced(run, tmp_path / "whole").train(task, blocks)
+    trainer = synced(run, tmp_path / "crashing")
+
+    def crash(*anything: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._opened.work, "commit", crash)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(task, blocks)
+    trainer = opened(run, tmp_path / "crashing")
+    assert trainer.state()["lease"]["step"] == expected["steps"]
+    assert not trainer.state()["lease"]["done"]
+    assert trainer._opened.work.state.feedback is None
+    assert trainer.train(task, blocks)["digest"] == expected["digest"]
+
+
+def test_updates_bring_the_replica_to_the_digest_of_everybody(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    trainer = synced(run, tmp_path / "work")
+    task, blocks = run.task(range(4))
+    update = Path(trainer.train(task, blocks)["payload_path"])
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    first = apply_update(run.manifest, run.weights, update, run.spec.downlink, once)
+    second = apply_update(run.manifest, once, update, run.spec.downlink, twice)
+
+    node = synced(run, tmp_path / "node")
+    assert node.sync(1, first, None, [update]) == {"version": 1, "weights_digest": first}
+    assert node.verify() == node.sync(1, first, None, [])
+    with pytest.raises(ProtocolError) as mismatch:
+        node.sync(3, second, None, [update])
+    assert mismatch.value.code == "updates-mismatch"
+
+    late = opened(run, tmp_path / "late")
+    assert late.state() == {"version": None, "weights_digest": None, "lease": None}
+    assert late.sync(2, second, (0, run.weights), [update, update])["version"] == 2
+    assert late.verify()["weights_digest"] == second
+    with pytest.raises(ProtocolError) as stale:
+        late.train(task, blocks)
+    assert stale.value.code == "wrong-base"
+
+
+def test_sync_finds_a_planted_bit_flip_and_a_checkpoint_heals_it(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    trainer = synced(run, tmp_path / "work")
+    task, blocks = run.task(range(4))
+    update = Path(trainer.train(task, blocks)["payload_path"])
+    target = apply_update(run.manifest, run.weights, update, run.spec.downlink, tmp_path / "next")
+    work = trainer._opened.work
+    assert work.state.published is not None
+    path = work.path(work.state.published.file)
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+
+    assert trainer.verify()["weights_digest"] != run.weights_digest
+    with pytest.raises(IntegrityError) as unmoved:
+        trainer.sync(0, run.weights_digest, None, [])
+    assert unmoved.value.code == "replica-differs"
+    with pytest.raises(IntegrityError) as differs:
+        trainer.sync(1, target, None, [update])
+    assert differs.value.code == "replica-differs"
+    assert trainer.state()["version"] == 0  # the pointer has not moved
+    trainer.sync(1, target, (0, run.weights), [update])
+    assert trainer.verify() == {"version": 1, "weights_digest": target}
+
+    assert work.state.published is not None
+    work.path(work.state.published.file).write_bytes(b"torn")
+    with pytest.raises(IntegrityError) as torn:
+        trainer.sync(2, target, None, [update])
+    assert torn.value.code == "replica-differs"
+
+
+def test_the_proof_is_the_loss_that_the_coordinator_recomputes(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    trainer = synced(run, tmp_path / "work")
+    proof = trainer.prove(NONCE, 3)
+    spec = run.spec
+    expected = proof_loss(
+        dict(trainer._opened.config),
+        NONCE,
+        sequence_length=spec.sequence_length,
+        micro_batch=spec.micro_batch,
+        inner=spec.inner,
+        steps=3,
+    )
+    assert proof["loss"] == pytest.approx(expected, abs=1e-6)
+    assert proof["loss"] != pytest.approx(
+        trainer.prove("f" * 32, 3)["loss"], abs=1e-6
+    )  # another nonce, another loss
+    assert proof["tokens_per_second"] > 0
+    assert proof["predicted_bytes"] > 12 * spec.parameters
+    assert trainer.verify()["weights_digest"] == run.weights_digest
+
+
+def test_a_loss_that_is_not_finite_is_reported_and_costs_only_the_lease(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(inner=InnerSpec(learning_rate=1e30, clip_norm=0.0))
+    trainer = synced(run, tmp_path / "work", checkpoint_seconds=0)
+    task, blocks = run.task(range(4))
+    with pytest.raises(TalkootError) as diverged:
+        trainer.train(task, blocks)
+    assert diverged.value.code == "non-finite-loss"
+    assert trainer.state()["lease"] is None
+    assert trainer.verify()["weights_digest"] == run.weights_digest
+
+
+def test_a_task_that_is_not_what_its_blocks_are_is_refused(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    trainer = synced(run, tmp_path / "work")
+    task, blocks = run.task(range(4))
+    with pytest.raises(ProtocolError) as fewer:
+        trainer.train(task, blocks[:3])
+    assert fewer.value.code == "lease-mismatch"
+    other: RoundTask = task.model_copy(update={"run_id": "other"})
+    with pytest.raises(ProtocolError) as stranger:
+        trainer.train(other, blocks)
+    assert stranger.value.code == "other-run"
+    blocks[0].write_bytes(b"\xff" * 1024)
+    with pytest.raises(IntegrityError):
+        trainer.train(task, blocks)
+
+
+def test_a_directory_is_never_used_for_another_run(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(uplink=CodecSpec(kind="dense"))
+    synced(run, tmp_path / "work")
+    trainer = Trainer(tmp_path / "work", "cpu")
+    with pytest.raises(StateError) as taken:
+        trainer.open(run.spec.model_copy(update={"run_id": "other"}), *run.open_paths)
+    assert taken.value.code == "other-run"
+    with pytest.raises(IntegrityError):
+        trainer.open(run.spec.model_copy(update={"manifest": run.spec.model}), *run.open_paths)

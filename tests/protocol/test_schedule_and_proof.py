@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from talkoot.protocol.errors import ProtocolError
+from talkoot.protocol.messages import InnerSpec
+from talkoot.protocol.proof import proof_tokens
+from talkoot.protocol.schedule import learning_rate, lease_position
+
+SPEC = InnerSpec(
+    learning_rate=1e-3, final_learning_rate_ratio=0.1, warmup_tokens=1000, total_tokens=11_000
+)
+NONCE = "00112233445566778899aabbccddeeff"
+
+
+def test_the_rate_warms_up_then_follows_a_cosine_to_its_final_ratio() -> None:
+    assert learning_rate(SPEC, 0) == 0
+    assert learning_rate(SPEC, 500) == pytest.approx(5e-4)
+    assert learning_rate(SPEC, 1000) == pytest.approx(1e-3)
+    assert learning_rate(SPEC, 6000) == pytest.approx(0.55e-3)
+    assert learning_rate(SPEC, 11_000) == pytest.approx(1e-4)
+    assert learning_rate(SPEC, 10**9) == pytest.approx(1e-4)
+
+
+def test_without_a_total_the_rate_stays_at_its_peak() -> None:
+    assert learning_rate(InnerSpec(learning_rate=3e-4), 0) == 3e-4
+    assert learning_rate(InnerSpec(learning_rate=3e-4), 10**12) == 3e-4
+
+
+def test_a_total_inside_the_warm_up_is_not_divided_by() -> None:
+    odd = InnerSpec(learning_rate=1e-3, warmup_tokens=100, total_tokens=50)
+    assert learning_rate(odd, 50) == pytest.approx(5e-4)
+    assert learning_rate(odd, 100) == pytest.approx(1e-4)
+
+
+@given(
+    warmup=st.integers(0, 10**6),
+    total=st.integers(0, 10**7),
+    ratio=st.floats(0, 1),
+    tokens=st.floats(0, 1e13),
+)
+def test_the_rate_is_always_between_zero_and_the_peak(
+    warmup: int, total: int, ratio: float, tokens: float
+) -> None:
+    spec = InnerSpec(
+        learning_rate=1e-3,
+        final_learning_rate_ratio=ratio,
+        warmup_tokens=warmup,
+        total_tokens=total,
+    )
+    assert 0 <= learning_rate(spec, tokens) <= 1e-3 * (1 + 1e-12)
+
+
+def test_a_lease_moves_through_its_round_by_its_own_fraction() -> None:
+    assert lease_position(1000, 400, 50, 100) == 1200
+    assert lease_position(1000, 400, 100, 100) == 1400
+
+
+def test_the_tokens_of_a_nonce_are_frozen() -> None:
+    tokens = proof_tokens(NONCE, steps=2, micro_batch=3, sequence_length=5, vocabulary=260)
+    stream = hashlib.shake_256(b"talkoot proof\0" + NONCE.encode()).digest(4 * 30)
+    expected = [int.from_bytes(stream[4 * i : 4 * i + 4], "little") % 260 for i in range(30)]
+    assert tokens.shape == (2, 3, 5)
+    assert tokens.reshape(-1).tolist() == expected
+    assert expected[:4] == [64, 216, 22, 225]
+
+
+def test_the_tokens_of_a_nonce_are_uniform() -> None:
+    tokens = proof_tokens(NONCE, steps=1, micro_batch=100, sequence_length=1000, vocabulary=100)
+    counts = np.bincount(tokens.reshape(-1), minlength=100)
+    assert counts.min() > 850
+    assert counts.max() < 1150
+
+
+def test_a_proof_over_its_caps_is_refused_before_anything_is_drawn() -> None:
+    for steps, micro_batch in ((0, 1), (65, 1), (64, 2**20)):
+        with pytest.raises(ProtocolError, match="over the caps"):
+            proof_tokens(
+                NONCE, steps=steps, micro_batch=micro_batch, sequence_length=8, vocabulary=260
+            )
+    with pytest.raises(ProtocolError, match="nonce"):
+        proof_tokens("xyz", steps=1, micro_batch=1, sequence_length=8, vocabulary=260)
