@@ -12,7 +12,7 @@ from torch import Tensor
 from talkoot.client.trainer.core import Trainer
 from talkoot.client.trainer.sequences import Sequences
 from talkoot.protocol.messages import CodecSpec, InnerSpec
-from talkoot.protocol.model import build_model, named_trainable
+from talkoot.protocol.model import build_model, named_trainable, parse_config
 from talkoot.protocol.payload import verify_payload
 from talkoot.protocol.weights import WeightsReader
 from talkoot.server.aggregate import ContributionInput, VersionDir, aggregate_round, initial_state
@@ -67,7 +67,7 @@ def network(run: RunFiles, root: Path) -> Iterator[tuple[dict[str, Tensor], dict
 
 def plain(run: RunFiles) -> Iterator[dict[str, Tensor]]:
     """The same batches under torch's own AdamW, written out."""
-    model = build_model(run_config(run), seed=None, device="cpu")
+    model = build_model(parse_config(run.open_paths[0].read_bytes()), seed=None, device="cpu")
     reader = WeightsReader(run.weights, run.manifest)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -92,12 +92,6 @@ def plain(run: RunFiles) -> Iterator[dict[str, Tensor]]:
         optimizer.step()
         optimizer.zero_grad()
         yield {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def run_config(run: RunFiles) -> dict[str, Any]:
-    from talkoot.protocol.model import parse_config
-
-    return parse_config(run.open_paths[0].read_bytes())
 
 
 def ulp(x: Tensor) -> Tensor:
@@ -148,4 +142,4 @@ def test_a_network_of_one_node_follows_plain_adamw_for_six_rounds(
             worst = max(worst, float((local[name] - expected).abs().max()) / largest)
     eps = torch.finfo(torch.float32).eps
     print(f"largest difference relative to the largest weight of its tensor: {worst / eps:.1f} eps")
-    assert worst < 1e-5
+    assert worst < 16 * eps

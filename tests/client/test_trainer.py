@@ -182,8 +182,13 @@ def test_sigterm_checkpoints_and_exits_cleanly(make_run: MakeRun, tmp_path: Path
     work = tmp_path / "work"
     synced(run, work)
     with TrainerHost(work, "cpu", 1, tmp_path / "log", checkpoint_seconds=1e9) as host:
-        host.call("open", **run.open_request)
+        # On Linux a child outlives the thread that started it only if somebody thought of that.
+        starter = threading.Thread(target=host.start)
+        starter.start()
+        starter.join()
         child = host._living_child()
+        host.call("open", **run.open_request)
+        assert host._living_child() is child
 
         def terminate(report: dict[str, Any]) -> None:
             child.process.send_signal(signal.SIGTERM)

@@ -166,6 +166,7 @@ class Shelf:
             poll_seconds=3.0,
             latest_version=7,
             run_finished=False,
+            latest=None,
             lease_open=True,
         )
 

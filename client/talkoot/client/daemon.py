@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from talkoot.client.app import HOME_KEY
-from talkoot.client.hardware import measure_in_child
 from talkoot.client.home import Home
 from talkoot.client.trainer_host import TrainerHost
 from talkoot.client.worker import Reporter, Worker, set_current
@@ -50,7 +49,6 @@ class Daemon:
         self._home = home
         self._say = say
         self._trainer = trainer
-        self._settings = home.settings()
         self._worker = Worker(home, trainer, say)
         self._reporter = Reporter(self._worker, self._heard)
         self._stop = threading.Event()
@@ -154,7 +152,7 @@ class Daemon:
             if reply.status == "banned":
                 raise RefusedError(reply.sentence, code="banned")
             if reply.status == "proving":
-                verdict = self._worker.prove(self._measure)
+                verdict = self._worker.prove()
                 self._tell(verdict.sentence)
                 if not verdict.accepted and verdict.code not in ("awaits-approval", "stale-proof"):
                     raise CapacityError(verdict.sentence, code=verdict.code)
@@ -166,11 +164,6 @@ class Daemon:
             reply = self._worker.report()
         self._connect(reply.poll_seconds)
         self._resume()
-
-    def _measure(self) -> object:
-        return measure_in_child(
-            self._settings.device, self._settings.max_memory_bytes, self._home.root
-        )
 
     def _connect(self, poll_seconds: float) -> None:
         from talkoot.client.app import app
@@ -209,6 +202,9 @@ class Daemon:
         while not self._stop.is_set() and not self._home.pause.exists():
             if self._host.poll():
                 return
+            reply = self._worker.reply
+            if reply is not None and reply.latest is not None:
+                self._worker.follow(reply.latest)
             if time.monotonic() > idle_until:
                 self._resume()
                 return

@@ -52,6 +52,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from talkoot.protocol.errors import ProtocolError, RefusedError, UnavailableError
 from talkoot.protocol.identity import NodeKey, public_pem
 from talkoot.protocol.limits import MAX_CONTROL_MESSAGE
+from talkoot.protocol.messages import Refusal, parse
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,12 @@ class FleetHost:
             state=RecordDict(),
             run_config={},
         )
-        self._push(self._app(message, context), node, run_id)
+        reply = self._app(message, context)
+        try:
+            self._push(reply, node, run_id)
+        except UnavailableError as err:
+            # A reply is news, never truth: what counts reached the ledger over the data plane.
+            log.info("a reply was not delivered: %s", err.sentence)
         return True
 
     def _pull_object(self, request: Any) -> Any:
@@ -248,15 +254,12 @@ def _explain(err: httpx.HTTPError) -> UnavailableError | RefusedError:
                 "moment ago.",
                 code="not-activated",
             )
-        return RefusedError(f"The SuperLink said no: {flower.message}", code="superlink-refused")
-    sentence = _sentence(text)
-    return RefusedError(sentence or f"The gateway refused this node ({status}).", code="gateway")
-
-
-def _sentence(text: str) -> str | None:
-    from talkoot.protocol.messages import Refusal, parse
-
+        # A run of Flower's that has ended, mostly: the next one comes when the coordinator is back.
+        return UnavailableError(f"The SuperLink said no: {flower.message}", code="superlink-no")
     try:
-        return parse(Refusal, text.encode("utf-8")).sentence
+        refusal = parse(Refusal, text.encode("utf-8"))
     except ProtocolError:
-        return None
+        return UnavailableError(f"The gateway said no ({status}).", code="gateway-no")
+    if refusal.code == "banned":
+        return RefusedError(refusal.sentence, code="banned")
+    return UnavailableError(f"The gateway said no: {refusal.sentence}", code=refusal.code)

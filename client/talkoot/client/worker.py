@@ -35,6 +35,7 @@ from talkoot.protocol.identity import NodeKey, load_public_key, verify
 from talkoot.protocol.limits import MAX_JSON_ARTIFACT, PROTOCOL_VERSION
 from talkoot.protocol.messages import (
     ArtifactRef,
+    Capability,
     Contribution,
     NodeReport,
     NodeReportReply,
@@ -183,12 +184,23 @@ class Worker:
             raise ProtocolError(f"A document of {ref.size_bytes} bytes is over its cap.")
         return self._fetch(ref)
 
-    def prove(self, capability: Callable[[], Any]) -> Verdict:
+    def prove(self) -> Verdict:
         """Take real training steps on a fresh challenge, and let the coordinator judge them."""
         self.state = "proving"
         try:
             challenge = parse(ProofChallenge, self.transfer.challenge())
-            done = self.trainer.call("prove", nonce=challenge.nonce, steps=challenge.steps)
+            done = self.trainer.call(
+                "prove",
+                should_stop=self.should_stop,
+                nonce=challenge.nonce,
+                steps=challenge.steps,
+            )
+            # Measured by the trainer, which has torch already: importing it again takes seconds.
+            capability = self.trainer.call(
+                "measure",
+                max_memory=self._settings.max_memory_bytes,
+                directory=str(self.home.root),
+            )
             proof = Proof(
                 run_id=self.spec.run_id,
                 node_id=self.enrolment.node_id,
@@ -199,7 +211,7 @@ class Worker:
                 peak_bytes=done["peak_bytes"],
                 predicted_bytes=done["predicted_bytes"],
                 tokens_per_second=done["tokens_per_second"],
-                capability=capability(),
+                capability=Capability.model_validate(capability),
             )
             return self.transfer.prove(self.key.sign("Proof", canonical_bytes(proof)))
         finally:
@@ -288,6 +300,17 @@ class Worker:
         self.tokens_per_second = float(report.get("tokens_per_second", 0.0))
 
     # Sync -----------------------------------------------------------------------------------------
+
+    def follow(self, signed: Signed) -> None:
+        """Catch up with what is published, outside a lease."""
+        ref = verify(signed, "VersionRef", self._coordinator_key, VersionRef)
+        if self.version is not None and ref.version <= self.version:
+            return
+        self.state = "syncing"
+        try:
+            self._sync(ref)
+        finally:
+            self.state = "idle"
 
     def _sync(self, base: VersionRef) -> None:
         """Bring the replica to the published version; a wrong one is healed from a checkpoint."""

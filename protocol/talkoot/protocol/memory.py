@@ -221,7 +221,7 @@ def format_size(size_bytes: int) -> str:
     """``1536`` as ``"1.5 KiB"``: three significant digits, binary units."""
     value, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     unit = units.pop(0)
-    while units and abs(value) >= 1000:  # not 1024: "1010 MiB" takes four digits
+    while units and abs(value) >= 999.5:  # not 1024: "1010 MiB" takes four digits
         value, unit = value / 1024, units.pop(0)
     digits = 0 if unit == "B" or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     text = f"{value:.{digits}f}"

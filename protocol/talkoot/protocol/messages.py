@@ -71,6 +71,16 @@ def parse(kind: type[M], data: bytes, *, cap: int = limits.MAX_CONTROL_MESSAGE) 
 # What is agreed about a run ----------------------------------------------------------------------
 
 
+class Signed(Message):
+    """Canonical bytes of a message and an ECDSA P-384 signature over (kind, bytes)."""
+
+    kind: Annotated[str, Field(pattern=r"^[A-Za-z]{1,32}$")]
+    body: str
+    """The canonical JSON of the message, itself ASCII."""
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{16,256}$")]
+    """DER, hexadecimal."""
+
+
 class ArtifactRef(Message):
     """An artifact by digest, with the size that it must have."""
 
@@ -324,13 +334,5 @@ class NodeReportReply(Message):
     run_finished: bool
     lease_open: bool
     """Whether the lease named in the report can still be committed."""
-
-
-class Signed(Message):
-    """Canonical bytes of a message and an ECDSA P-384 signature over (kind, bytes)."""
-
-    kind: Annotated[str, Field(pattern=r"^[A-Za-z]{1,32}$")]
-    body: str
-    """The canonical JSON of the message, itself ASCII."""
-    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{16,256}$")]
-    """DER, hexadecimal."""
+    latest: Signed | None
+    """Signed VersionRef, when the node is behind and holds no lease: it may catch up meanwhile."""

@@ -26,15 +26,16 @@ class AdmissionPolicy:
 
 def judge_capability(policy: AdmissionPolicy, has: Capability, needs: MemoryPlan) -> Verdict:
     """Whether a node can hold a replica, by its measured memory and disk."""
-    wanted = int(needs.device_bytes * policy.memory_margin)
-    # On a CPU node the device's memory *is* the host's: count what is free now, not the sticker.
+    # On a CPU node the device's memory *is* the host's: it must hold both shares.
+    peak = needs.device_bytes + (needs.host_bytes if has.device == "cpu" else 0)
+    wanted = int(peak * policy.memory_margin)
     if has.device_free_bytes < wanted:
         return Verdict(
             accepted=False,
             code="too-little-memory",
             sentence=(
                 f"A replica of this model needs {format_size(wanted)} on the device "
-                f"({format_size(needs.device_bytes)} and a margin of {policy.memory_margin:.2f}); "
+                f"({format_size(peak)} and a margin of {policy.memory_margin:.2f}); "
                 f"{has.device_name} has {format_size(has.device_free_bytes)} free of "
                 f"{format_size(has.device_total_bytes)}: close what uses it, raise --max-memory, "
                 "or join with a larger device."

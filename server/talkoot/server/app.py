@@ -7,8 +7,10 @@ node.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import threading
 from pathlib import Path
 
 from flwr.app import Context
@@ -38,6 +40,8 @@ def main(grid: Grid, _context: Context) -> None:
     coordinator = Coordinator.open(Path(state))
     configure(coordinator.state.logs / "rounds.log")
     control = ControlApi(coordinator.config.network.superlink_port, coordinator.ca_pem)
+    warm = threading.Thread(target=importlib.import_module, args=("talkoot.server.aggregate",))
+    warm.start()  # the first round is at work meanwhile
     try:
         Conductor(coordinator, Registry(coordinator, control), GridControl(grid)).run()
     except Exception:

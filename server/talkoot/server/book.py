@@ -263,6 +263,19 @@ class Book:
                 for lease, node in session.execute(query).tuples()
             ]
 
+    def holds_lease(self, session: Session, node_id: str) -> bool:
+        """Whether a lease is open for this node."""
+        current = self.current_round(session)
+        if current is None or current.state != "open":
+            return False
+        query = select(LeaseRecord.lease_id).where(
+            LeaseRecord.run_id == self._c.run_id,
+            LeaseRecord.round == current.round,
+            LeaseRecord.node_id == node_id,
+            LeaseRecord.state == "open",
+        )
+        return session.scalars(query).first() is not None
+
     # Contributions --------------------------------------------------------------------------------
 
     def lease_verdict(self, session: Session, node_id: str, lease_id: str) -> Verdict:
@@ -304,6 +317,14 @@ class Book:
             verdict = self.lease_verdict(session, claim.node_id, claim.lease_id)
             if not verdict.accepted:
                 return verdict
+            copied = session.scalars(
+                select(ContributionRecord.lease_id).where(
+                    ContributionRecord.run_id == self._c.run_id,
+                    ContributionRecord.payload_digest == claim.payload.digest,
+                )
+            ).first()
+            if copied is not None:
+                return _no("copied", "This payload was contributed before, under another lease.")
             lease = session.get_one(LeaseRecord, claim.lease_id)
             task = task_of(lease)
             if claim.round != lease.round or claim.tokens != task.lease.tokens:

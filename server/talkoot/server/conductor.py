@@ -11,21 +11,18 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import ValidationError
 
 from talkoot.protocol.artifacts import ArtifactStore
 from talkoot.protocol.messages import ArtifactRef, Verdict
-from talkoot.server.aggregate import (
-    ContributionInput,
-    OuterSpec,
-    VersionDir,
-    aggregate_round,
-)
 from talkoot.server.book import Book, OpenTask, tasks_by_flower_id
 from talkoot.server.coordinator import Coordinator
 from talkoot.server.registry import Registry
+
+if TYPE_CHECKING:
+    from talkoot.server.aggregate import VersionDir
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +171,14 @@ class Conductor:
 
     def _finish(self, number: int) -> None:
         """Aggregate a closing round and publish its version."""
+        # Torch takes seconds to import, and a round can open without it.
+        from talkoot.server.aggregate import (
+            ContributionInput,
+            OuterSpec,
+            VersionDir,
+            aggregate_round,
+        )
+
         config = self._c.config
         with self._c.ledger.read() as session:
             base = self._book.latest_version(session)

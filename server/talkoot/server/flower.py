@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,17 +93,21 @@ def superlink_command(
     ]
 
 
-def superexec_command(*, port: int, ca: Path) -> list[str]:
-    """SuperExec: starts our ServerApp's process when a run is submitted."""
-    return [
-        str(Path(sys.executable).parent / "flower-superexec"),
-        "--runtime-api-address",
-        f"127.0.0.1:{port}",
-        "--root-certificates",
-        str(ca),
-        "--parent-pid",
-        str(os.getpid()),
-    ]
+def run_superexec(port: int, ca: Path) -> None:
+    """Be Flower's SuperExec, which starts our ServerApp's process when a run is submitted.
+
+    Its imports, which take a second or two, run while the SuperLink starts.
+    """
+    from flwr.supercore.cli import flower_superexec
+
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    address = f"127.0.0.1:{port}"
+    sys.argv[1:] = ["--runtime-api-address", address, "--root-certificates", str(ca)]
+    flower_superexec()
 
 
 class ControlApi:

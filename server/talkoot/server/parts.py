@@ -1,7 +1,7 @@
 """The long-running parts of a coordinator, each a process of its own under the supervisor.
 
-``python -m talkoot.server.parts gateway|transfer --state DIR``: runs until SIGTERM, or until the
-supervisor that started it is gone.
+``python -m talkoot.server.parts gateway|transfer|superexec --state DIR``: runs until SIGTERM, or
+until the supervisor that started it is gone.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import threading
 from pathlib import Path
 
 from talkoot.protocol.errors import TalkootError
+from talkoot.server.config import load_config
 from talkoot.server.coordinator import Coordinator
 from talkoot.server.desk import Desk
-from talkoot.server.flower import ControlApi
+from talkoot.server.flower import ControlApi, run_superexec
 from talkoot.server.leash import die_with_parent
 from talkoot.server.logs import configure
 from talkoot.server.registry import Registry
+from talkoot.server.state import StateDir
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +74,14 @@ def serve_transfer_until(coordinator: Coordinator, stop: threading.Event) -> Non
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="talkoot.server.parts")
-    parser.add_argument("part", choices=["gateway", "transfer"])
+    parser.add_argument("part", choices=["gateway", "transfer", "superexec"])
     parser.add_argument("--state", type=Path, required=True)
     args = parser.parse_args()
     die_with_parent()
+    if args.part == "superexec":
+        state = StateDir(args.state)
+        run_superexec(load_config(state.config).network.superlink_port, state.ca / "ca.pem")
+        return 0
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -34,6 +34,7 @@ from talkoot.protocol.messages import (
 )
 from talkoot.server import rounds
 from talkoot.server.admission import AdmissionPolicy, judge_capability, judge_proof
+from talkoot.server.book import Book
 from talkoot.server.ca import CertificateAuthority, key_of_csr
 from talkoot.server.coordinator import Coordinator, note
 from talkoot.server.ledger.schema import (
@@ -46,7 +47,6 @@ from talkoot.server.ledger.schema import (
     ProofRecord,
     Round,
     Run,
-    Version,
 )
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Registry:
 
         spec = self.coordinator.spec
         config = parse_config(self.coordinator.store.path(spec.model.digest).read_bytes())
-        return predict(config, spec.sequence_length, spec.micro_batch)
+        return predict(config, spec.sequence_length, spec.micro_batch, parameters=spec.parameters)
 
     def challenge(self, node_id: str) -> ProofChallenge:
         """A fresh nonce for a node to prove itself on."""
@@ -391,12 +391,12 @@ class Registry:
                 state.seen_unix = now
                 state.report = body
             run = session.get(Run, self.coordinator.run_id)
-            latest = session.scalars(
-                select(Version.version)
-                .where(Version.run_id == self.coordinator.run_id)
-                .order_by(Version.version.desc())
-                .limit(1)
-            ).one_or_none()
+            book = Book(self.coordinator)
+            latest = book.latest_version(session)
+            behind: Signed | None = None
+            if report.version != latest.version and not book.holds_lease(session, node_id):
+                ref = canonical_bytes(book.version_ref(session, latest))
+                behind = self.coordinator.key.sign("VersionRef", ref)
             lease_open = False
             if report.lease_id is not None:
                 lease = session.get(LeaseRecord, report.lease_id)
@@ -408,9 +408,10 @@ class Registry:
                 sentence=node.sentence,
                 report_seconds=max(REPORT_SECONDS, 4 * poll),
                 poll_seconds=poll,
-                latest_version=latest,
+                latest_version=latest.version,
                 run_finished=run is not None and run.finished_unix is not None,
                 lease_open=lease_open,
+                latest=behind,
             )
 
 

@@ -28,7 +28,6 @@ from talkoot.server.coordinator import Coordinator
 from talkoot.server.flower import (
     ControlApi,
     quiet_environment,
-    superexec_command,
     superlink_command,
     superlink_environment,
 )
@@ -39,7 +38,8 @@ log = logging.getLogger(__name__)
 HEALTHY_SECONDS = 30.0
 """A part that lived so long has its back-off forgiven."""
 MAX_BACKOFF_SECONDS = 30.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 3.0
+"""Parts that take longer are killed: all that they keep is crash-safe."""
 RUN_CHECK_SECONDS = 1.0
 LOOP_SECONDS = 0.2
 
@@ -56,7 +56,6 @@ class Part:
     started: float = 0.0
     backoff: float = 0.0
     due: float = 0.0
-    waits_for_superlink: bool = False
 
     def start(self) -> None:
         """Start the process; its output goes to its log."""
@@ -134,13 +133,9 @@ class Supervisor:
             ),
             Part(
                 "superexec",
-                [
-                    *(sys.executable, "-m", "talkoot.server.leash"),
-                    *superexec_command(port=network.superlink_port, ca=state.ca / "ca.pem"),
-                ],
+                [*parts, "superexec", "--state", str(state.root)],
                 superlink_env,
                 state.logs / "superexec.log",
-                waits_for_superlink=True,
             ),
             *(
                 Part(
@@ -156,7 +151,6 @@ class Supervisor:
         self._flower_run: int | None = None
         self._check_run = 0.0
         self._announced = False
-        self._superlink_ready = False
 
     def stop(self) -> None:
         """Ask :meth:`run` to end."""
@@ -184,9 +178,7 @@ class Supervisor:
                     self._book.note("restart", f"The {part.name} ended ({_cause(code)}).")
                 if part.name == "superlink":
                     self._flower_run = None
-                    self._superlink_ready = False
-            may_start = self._superlink_ready or not part.waits_for_superlink
-            if part.process is None and now >= part.due and may_start:
+            if part.process is None and now >= part.due:
                 part.start()
                 self._write_pids()
         if now >= self._check_run:
@@ -201,7 +193,6 @@ class Supervisor:
             except UnavailableError:
                 self._check_run = time.monotonic() + 0.1  # it is starting
                 return
-            self._superlink_ready = True
             if not self._announced:
                 self._announced = True
                 self._say(

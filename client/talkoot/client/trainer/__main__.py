@@ -103,6 +103,7 @@ class Server:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self._root: Path = options.work
+        self._device: str | None = options.device
         self._requests = requests
         self._out = out
         self._trainer = Trainer(
@@ -155,6 +156,11 @@ class Server:
         if op == "prove":
             steps = int(request.get("steps", 2))
             return trainer.prove(request["nonce"], steps, should_stop=should_stop)
+        if op == "measure":
+            from talkoot.client.hardware import measure
+
+            has = measure(self._device, request["max_memory"], Path(request["directory"]))
+            return has.model_dump(mode="json")
         if op == "sync":
             given = request.get("checkpoint")
             return trainer.sync(

@@ -1,0 +1,62 @@
+"""``talkoot-sim``: the researcher's command line. Heavy imports wait for their command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from talkoot.protocol.console import run
+
+app = typer.Typer(
+    name="talkoot-sim",
+    help="Run whole talkoot networks on one machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Run whole talkoot networks on one machine."""
+
+
+@app.command()
+def demo(
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="Volunteers.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 12,
+    model: Annotated[
+        str, typer.Option(help="nano, tiny, small, or smollm2 (a real pretrained model).")
+    ] = "small",
+    tokens_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a lease; the model's own if not given.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where network and report go; made anew.")] = Path(
+        "runs/demo"
+    ),
+    kills: Annotated[
+        bool, typer.Option(help="Kill a volunteer and the coordinator on the way.")
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report's figures as JSON at the end.")
+    ] = False,
+) -> None:
+    """A real network of processes on this machine, from invite to exported model, with a report."""
+    from talkoot.sims.demo import DemoOptions, check, run_demo
+
+    options = DemoOptions(out.absolute(), nodes, rounds, model, tokens_per_node, kills)
+    data = run_demo(options)
+    if as_json:
+        typer.echo(json.dumps(data.to_json(), indent=2))
+    else:
+        from talkoot.sims.summary import print_summary
+
+        print_summary(data, options.out / "report")
+    check(data)
+
+
+def main() -> None:
+    """Entry point."""
+    run(app)
