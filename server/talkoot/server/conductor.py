@@ -30,6 +30,8 @@ LOOP_SECONDS = 0.1
 """How often the loop looks at the ledger."""
 ONLINE_SECONDS = 1.0
 """How often the loop asks Flower who is there: a full listing costs the SuperLink a query."""
+REPLY_SECONDS = 1.0
+"""How often the loop asks Flower for replies: only refusals are news in them."""
 KEEP_VERSION_DIRS = 2
 
 
@@ -81,6 +83,7 @@ class Conductor:
         self._book = Book(coordinator)
         self._online: frozenset[int] = frozenset()
         self._online_until = 0.0
+        self._replies_at = 0.0
         self._sent: set[str] = set()
         self._told = ""
 
@@ -145,6 +148,10 @@ class Conductor:
         return self._online
 
     def _take_replies(self) -> None:
+        now = self._clock()
+        if self._replies_at - 10 * REPLY_SECONDS < now < self._replies_at:
+            return
+        self._replies_at = now + REPLY_SECONDS
         replies = list(self._control.replies())
         if not replies:
             return

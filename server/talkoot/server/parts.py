@@ -7,6 +7,7 @@ until the supervisor that started it is gone.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import signal
 import sys
@@ -51,11 +52,8 @@ def serve_gateway_until(coordinator: Coordinator, stop: threading.Event) -> None
 
 def serve_transfer_until(coordinator: Coordinator, stop: threading.Event) -> None:
     """Run the transfer service until ``stop`` is set."""
-    import torch
-
     from talkoot.server.transfer import serve
 
-    torch.set_num_threads(1)  # verifying payloads must not take the machine from the nodes' tasks
     network = coordinator.config.network
     control = ControlApi(network.superlink_port, coordinator.ca_pem)
     host = f"[{network.bind}]" if ":" in network.bind else network.bind
@@ -67,6 +65,8 @@ def serve_transfer_until(coordinator: Coordinator, stop: threading.Event) -> Non
         coordinator.ca_pem,
     )
     print(READY, flush=True)
+    # Verifying a payload needs torch, which takes seconds to import: not before the port is open.
+    importlib.import_module("talkoot.protocol.payload")
     stop.wait()
     server.stop(2).wait()
 

@@ -112,6 +112,7 @@ class Supervisor:
         state = coordinator.state
         env = quiet_environment(os.environ)
         env["PYTHONUNBUFFERED"] = "1"
+        env["OMP_NUM_THREADS"] = "1"  # verifying a payload must not take the whole machine
         parts = [sys.executable, "-m", "talkoot.server.parts"]
         superlink_env = superlink_environment(os.environ, state.flower)
         superlink_env[STATE_VARIABLE] = str(state.root)

@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +43,7 @@ def _from_scratch(name: str, learning_rate: float, tokens_per_node: int) -> Demo
 [model]
 preset = "{name}"
 sequence_length = 128
-micro_batch = 4
+micro_batch = 8
 
 [corpus]
 sources = ["stdlib"]
@@ -174,9 +175,9 @@ def run_demo(options: DemoOptions) -> ReportData:
             view.say("The run is finished; replicas catch up …")
             final = network.wait_for("agreement of replicas", _agree, READY_SECONDS, view.update)
             agree = _agree(final)
+            network.stop()
             view.say("Exporting, and measuring on held-out text in a fresh process …")
             after_dir, before, after = _measure(network, options, preset)
-            network.stop()
         document = network.ledger_status()
     data = _report(options, run, document, before, after, after_dir, agree)
     write_report(data, options.out / "report")
@@ -228,7 +229,7 @@ def _kill_a_volunteer(
 
     def back(status: Mapping[str, Any]) -> bool:
         node = _node(status, name)
-        return bool(node["restarts"] > restarts and node["state"] != "offline")
+        return bool(node["restarts"] > restarts and node["state"] in ("training", "pushing"))
 
     network.wait_for(f"{name} to be back", back, READY_SECONDS, view.update)
     seconds = time.monotonic() - killed
@@ -288,25 +289,25 @@ def _node(status: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _measure(
     network: LocalNetwork, options: DemoOptions, preset: DemoPreset
 ) -> tuple[Path, Evaluation, Evaluation]:
-    """Export the first and the last version and evaluate both in fresh processes."""
-    found = []
-    for number, name in ((0, "export-before"), (None, "export")):
-        out = options.out / name
+    """Export the first and the last version, and evaluate both in a fresh process."""
+    first, last = options.out / "export-before", options.out / "export"
+
+    def export(out: Path, *flags: str) -> None:
         _remove(out)
-        arguments = ["talkoot-coordinator", "export", "--state", str(network.state)]
-        arguments += ["--out", str(out)]
-        if number is not None:
-            arguments += ["--version", str(number)]
-        network.run(*arguments)
-        found.append(
-            evaluate_in_child(
-                out,
-                network.state / "corpus",
-                sequence_length=preset.sequence_length,
-                prompt=preset.prompt,
-            )
-        )
-    return options.out / "export", found[0], found[1]
+        state = str(network.state)
+        network.run("talkoot-coordinator", "export", "--state", state, "--out", str(out), *flags)
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(export, first, "--version", "0"), pool.submit(export, last)]
+        for job in jobs:
+            job.result()
+    before, after = evaluate_in_child(
+        [first, last],
+        network.state / "corpus",
+        sequence_length=preset.sequence_length,
+        prompt=preset.prompt,
+    )
+    return last, before, after
 
 
 def _remove(path: Path) -> None:

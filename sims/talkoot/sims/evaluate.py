@@ -1,7 +1,7 @@
 """Held-out loss and a sample of an exported model, with nothing of talkoot's in the way.
 
-``python -m talkoot.sims.evaluate --model DIR --corpus DIR``: a fresh process loads the export with
-plain ``AutoModelForCausalLM.from_pretrained`` and prints one line of JSON.
+``python -m talkoot.sims.evaluate --corpus DIR MODEL…``: a fresh process loads each export with
+plain ``AutoModelForCausalLM.from_pretrained`` and prints one line of JSON for it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from talkoot.protocol.corpus import load_heldout, read_manifest
 from talkoot.protocol.errors import TalkootError
 
-MAX_TOKENS = 65_536
+MAX_TOKENS = 32_768
 """Held-out tokens that are looked at: spread evenly over the whole held-out text."""
 BATCH = 16
 
@@ -34,18 +35,17 @@ class Evaluation:
 
 
 def evaluate_in_child(
-    model: Path, corpus: Path, *, sequence_length: int, prompt: str, threads: int | None = None
-) -> Evaluation:
-    """Run this module in a process of its own."""
-    command = [sys.executable, "-m", "talkoot.sims.evaluate", "--model", str(model)]
-    command += ["--corpus", str(corpus), "--sequence-length", str(sequence_length)]
-    command += ["--prompt", prompt]
-    if threads is not None:
-        command += ["--threads", str(threads)]
+    models: Sequence[Path], corpus: Path, *, sequence_length: int, prompt: str
+) -> list[Evaluation]:
+    """Run this module in a process of its own; one result for each model."""
+    command = [sys.executable, "-m", "talkoot.sims.evaluate", "--corpus", str(corpus)]
+    command += ["--sequence-length", str(sequence_length), "--prompt", prompt]
+    command += [str(model) for model in models]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise TalkootError(f"The exported model could not be evaluated:\n{done.stderr[-2000:]}")
-    return Evaluation(**json.loads(done.stdout.splitlines()[-1]))
+    lines = done.stdout.splitlines()[-len(models) :]
+    return [Evaluation(**json.loads(line)) for line in lines]
 
 
 def evaluate(model_dir: Path, corpus_dir: Path, sequence_length: int, prompt: str) -> Evaluation:
@@ -96,18 +96,14 @@ def evaluate(model_dir: Path, corpus_dir: Path, sequence_length: int, prompt: st
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="talkoot.sims.evaluate")
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("model", type=Path, nargs="+")
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--prompt", default="def ")
-    parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    if args.threads is not None:
-        import torch
-
-        torch.set_num_threads(args.threads)
-    found = evaluate(args.model, args.corpus, args.sequence_length, args.prompt)
-    print(json.dumps(found.__dict__))
+    for model in args.model:
+        found = evaluate(model, args.corpus, args.sequence_length, args.prompt)
+        print(json.dumps(found.__dict__))
     return 0
 
 

@@ -30,8 +30,8 @@ from talkoot.protocol.messages import M, RoundTask, RunSpec, parse
 
 LOCK_SECONDS = 60.0
 """How long to wait for a trainer whose daemon died to finish its step and let go."""
-NICENESS = 5
-"""A volunteer's own programs come first."""
+NICENESS = 19
+"""A volunteer's own programs come first, always: training takes what they leave."""
 _PR_SET_PDEATHSIG = 1
 _OOM_PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
 
