@@ -100,6 +100,7 @@ class RunFiles:
                 weights_digest=weights_digest,
                 checkpoint_version=version,
                 checkpoint=ArtifactRef(digest=weights_digest, size_bytes=1),
+                updates_from=version,
                 updates=(),
             ),
             tokens_before=tokens_before,

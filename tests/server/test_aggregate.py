@@ -290,7 +290,7 @@ def test_a_malformed_contribution_stops_the_round_and_leaves_nothing(tmp_path: P
 def test_an_outer_step_that_overflows_is_not_published(tmp_path: Path) -> None:
     manifest, state = start(tmp_path)
     part = contribute(tmp_path / "c", manifest, DENSE, gradient(1, 1e15), 3)
-    mad = OuterSpec(learning_rate=1e30)
+    mad = OuterSpec.model_construct(optimizer="sgd", learning_rate=1e30, momentum=0.0)
     with pytest.raises(ProtocolError, match="outer step") as caught:
         aggregate_round(manifest, state, [part], DENSE, DENSE, mad, tmp_path / "v1")
     assert caught.value.code == "not-finite"
@@ -314,7 +314,7 @@ def test_after_clipping_nobody_is_louder_than_the_median_contributor(norms: list
     median = sorted(norms)[(len(norms) - 1) // 2]
     for norm, factor in zip(norms, clip_factors(norms), strict=True):
         assert 0 <= factor <= 1
-        assert norm * factor <= median * (1 + 1e-9)
+        assert norm * factor <= median * (1 + 1e-9) + 1e-300  # subnormal numbers are coarse
         assert factor == 1 or norm > median
 
 

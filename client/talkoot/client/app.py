@@ -1,5 +1,9 @@
 """The ClientApp: one message in, one lease of work, one verdict out.
 
+A verdict that says no gives the lease back. What passes by itself (the owner's pause, Ctrl-C, an
+outage, a full disk) is no verdict: under the daemon, which goes on with the lease later, it comes
+out as the error that it is, and no reply is sent.
+
 The same object runs in the daemon (``daemon.py``), under a stock ``flower-supernode`` (for small
 models: it starts a process per message) and in Flower's simulation engine. Where this node's home
 is comes with ``node_config["talkoot-home"]``; everything else it needs is there.
@@ -24,7 +28,7 @@ app = ClientApp()
 @app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
 def train(message: Message, context: Context) -> Message:
     """Do the lease that the message carries; errors become a verdict with their sentence."""
-    from talkoot.client.worker import worker_for
+    from talkoot.client.worker import goes_on_later, worker_for
 
     try:
         record = message.content.config_records.get(TASK_RECORD)
@@ -40,6 +44,8 @@ def train(message: Message, context: Context) -> Message:
         with worker_for(home) as worker:
             verdict = worker.execute(parse(Signed, text.encode("ascii", "replace")))
     except TalkootError as err:
+        if goes_on_later(err):
+            raise
         verdict = Verdict(accepted=False, code=err.code, sentence=err.sentence[:2000])
     answer = ConfigRecord({VERDICT_KEY: canonical_bytes(verdict).decode("ascii")})
     return Message(RecordDict({VERDICT_RECORD: answer}), reply_to=message)

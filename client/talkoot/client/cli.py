@@ -65,7 +65,8 @@ def join(
         float | None, typer.Option(min=0.1, help="The most work that a crash can cost, seconds.")
     ] = None,
     enrol_only: Annotated[
-        bool, typer.Option(help="Only enrol; for use with a stock flower-supernode.")
+        bool,
+        typer.Option(help="Only enrol and prove; prints how to start a stock flower-supernode."),
     ] = False,
 ) -> None:
     """Join a network and train until Ctrl-C (twice: at once)."""
@@ -100,7 +101,8 @@ def status(home: HomePath = DEFAULT_HOME, as_json: Json = False) -> None:
         document: dict[str, Any] = json.loads(node.status_path.read_bytes())
     except (OSError, ValueError):
         document = {"state": "never started"}
-    fresh = time.time() - float(document.get("unix", 0)) < FRESH_SECONDS
+    # A clock that was set back must not make a dead daemon look alive.
+    fresh = abs(time.time() - float(document.get("unix", 0))) < FRESH_SECONDS
     if not fresh and document["state"] not in ("stopped", "never started"):
         document["state"] = "not running"
     if as_json:

@@ -18,9 +18,15 @@ from typing import TYPE_CHECKING
 
 from talkoot.client.app import HOME_KEY
 from talkoot.client.home import Home
-from talkoot.client.trainer_host import TrainerHost
-from talkoot.client.worker import Reporter, Worker, set_current
-from talkoot.protocol.errors import CapacityError, RefusedError, TalkootError, UnavailableError
+from talkoot.client.trainer_host import CLOSE_SECONDS, TrainerHost
+from talkoot.client.worker import DISK_FULL, Reporter, Worker, set_current
+from talkoot.protocol.errors import (
+    CapacityError,
+    ProtocolError,
+    RefusedError,
+    TalkootError,
+    UnavailableError,
+)
 from talkoot.protocol.files import DirectoryLock
 from talkoot.protocol.messages import NodeReportReply
 
@@ -32,8 +38,15 @@ log = logging.getLogger(__name__)
 MAX_BACKOFF_SECONDS = 5.0
 IDLE_TASK_CHECK_SECONDS = 10.0
 """How often an idle node asks the data plane for a task that may have been lost on the way."""
+REFUSED_SECONDS = 2.0
 PAUSE_LOOK_SECONDS = 0.5
 STATUS_SECONDS = 1.0
+STOP_SECONDS = 10.0
+"""What a thread may take to notice, once nothing that it waits for goes on."""
+IDLE_TRAINER_SECONDS = 2.0
+"""What a trainer that does not train may take to end: all that it writes is crash-safe."""
+FOR_GOOD = frozenset({"banned", "unknown-node", "no-identity"})
+"""Refusals that no patience helps against."""
 
 
 class Daemon:
@@ -61,6 +74,7 @@ class Daemon:
 
     def run(self) -> None:
         """Work until asked to stop. Raises what ends the node for good (banned, wrong run …)."""
+        self._home.leave.unlink(missing_ok=True)  # meant for a daemon that had ended by then
         self._trainer.start()
         set_current(self._worker)
         self._reporter.start()
@@ -82,13 +96,18 @@ class Daemon:
         self._stop.set()
 
     def _shut_down(self) -> None:
+        """End everything in the time of a step and a checkpoint, whoever does not answer."""
         self._stop.set()
         self._worker.stop()
+        self._reporter.stop()
+        busy = self._worker.state == "training"
+        self._trainer.close(CLOSE_SECONDS if busy else IDLE_TRAINER_SECONDS)
+        # Training came first: its end may still be told to the SuperLink. Whoever waits for the
+        # data plane's answer stops waiting; what was pushed by then is not pushed again.
+        self._worker.transfer.close()
+        self._thread.join(STOP_SECONDS)
         self._reporter.close()
-        self._trainer.close()
-        self._thread.join(timeout=30)
-        if self._host is not None:
-            self._host.close()
+        self._host_lost()
         self._worker.close()
         set_current(None)
         self._write_status(state="stopped")
@@ -99,42 +118,60 @@ class Daemon:
         try:
             self._work()
         except TalkootError as err:
-            self._failure = err
+            self._end(err)
         except Exception as err:
             log.exception("the daemon failed")
-            self._failure = TalkootError(
-                f"The daemon met an unexpected {type(err).__name__}: see {self._home.logs}."
+            self._end(
+                TalkootError(
+                    f"The daemon met an unexpected {type(err).__name__}: see {self._home.logs}."
+                )
             )
         finally:
             self._stop.set()
 
+    def _end(self, err: TalkootError) -> None:
+        """End for good, with the first reason there was."""
+        self._failure = self._failure or err
+        self._worker.stop()
+        self._stop.set()
+
     def _work(self) -> None:
         pause = 0.25
+        paused = False
         while not self._stop.is_set():
             try:
                 if self._home.pause.exists():
+                    paused = True
                     self._tell("Paused by its owner; 'talkoot resume' goes on.")
                     self._stop.wait(PAUSE_LOOK_SECONDS)
                     continue
                 if self._host is None:
                     self._join_in()
+                elif paused:
+                    self._resume()
+                paused = False
                 self._look_for_work()
                 pause = 0.25
-            except UnavailableError as err:
-                if err.code in ("stopped", "trainer-closed"):
+            except (UnavailableError, CapacityError) as err:
+                if isinstance(err, CapacityError) and err.code != DISK_FULL:
+                    raise
+                if err.code in ("stopped", "trainer-closed") or self._stop.is_set():
                     continue
                 self._tell(f"{err.sentence} Trying again; nothing is lost.")
                 self._host_lost()
                 self._stop.wait(pause * random.uniform(0.7, 1.3))
                 pause = min(MAX_BACKOFF_SECONDS, 2 * pause)
             except RefusedError as err:
-                if err.code != "not-activated":
+                if err.code in FOR_GOOD:
                     raise
-                # Flower thinks that a node which was killed is still there, until its heartbeat
-                # has been missing for a while.
-                self._tell("Waiting for the SuperLink to let this node in.")
+                if err.code == "not-activated":
+                    # Flower thinks that a node which was killed is still there, until its heartbeat
+                    # has been missing for a while.
+                    self._tell("Waiting for the SuperLink to let this node in.")
+                else:  # an artifact that has gone in the meantime, say
+                    self._tell(f"{err.sentence} Trying again.")
                 self._host_lost()
-                self._stop.wait(2.0)
+                self._stop.wait(REFUSED_SECONDS)
 
     def _host_lost(self) -> None:
         host, self._host = self._host, None
@@ -149,15 +186,12 @@ class Daemon:
         while reply.status != "admitted":
             if self._stop.is_set():
                 return
-            if reply.status == "banned":
-                raise RefusedError(reply.sentence, code="banned")
-            if reply.status == "proving":
+            if reply.status in ("proving", "refused"):
+                # Refused once is not refused for ever: its owner may have made room since.
                 verdict = self._worker.prove()
                 self._tell(verdict.sentence)
                 if not verdict.accepted and verdict.code not in ("awaits-approval", "stale-proof"):
                     raise CapacityError(verdict.sentence, code=verdict.code)
-            elif reply.status == "refused":
-                raise CapacityError(reply.sentence, code="refused")
             else:
                 self._tell(reply.sentence)
                 self._stop.wait(reply.report_seconds)
@@ -179,7 +213,11 @@ class Daemon:
             {HOME_KEY: str(self._home.root)},
             self._worker.counters.flower_node_id,
         )
-        node_id = host.connect(poll_seconds)
+        try:
+            node_id = host.connect(poll_seconds)
+        except TalkootError:
+            host.close()
+            raise
         if node_id != self._worker.counters.flower_node_id:
             self._worker.save_counters(flower_node_id=node_id)
         self._host = host
@@ -196,12 +234,14 @@ class Daemon:
         assert self._host is not None
         reply = self._worker.reply
         poll = reply.poll_seconds if reply is not None else 1.0
-        if reply is not None and reply.status == "banned":
-            raise RefusedError(reply.sentence, code="banned")
         idle_until = time.monotonic() + IDLE_TASK_CHECK_SECONDS
         while not self._stop.is_set() and not self._home.pause.exists():
-            if self._host.poll():
-                return
+            try:
+                if self._host.poll():
+                    return
+            except ProtocolError as err:
+                # Nothing of it was believed, and it does not come again.
+                self._tell(f"{err.sentence} It is left aside.")
             reply = self._worker.reply
             if reply is not None and reply.latest is not None:
                 self._worker.follow(reply.latest)
@@ -212,19 +252,17 @@ class Daemon:
 
     # Telling --------------------------------------------------------------------------------------
 
-    def _heard(self, reply: NodeReportReply | None) -> None:
-        if reply is None:
-            if self._reachable:
+    def _heard(self, reply: NodeReportReply | TalkootError) -> None:
+        if isinstance(reply, TalkootError):
+            if isinstance(reply, RefusedError) and reply.code in FOR_GOOD:
+                self._end(reply)
+            elif self._reachable:
                 self._reachable = False
                 self._tell("The coordinator does not answer; waiting for it. Training goes on.")
             return
         if not self._reachable:
             self._reachable = True
             self._tell("The coordinator answers.")
-        if reply.status == "banned":
-            self._failure = RefusedError(reply.sentence, code="banned")
-            self._worker.stop()
-            self._stop.set()
         if reply.run_finished and not self._finished:
             self._finished = True
             self._tell("The run is finished. Thank you! Staying online; Ctrl-C ends.")
@@ -267,6 +305,7 @@ def configure_logging(home: Home) -> None:
         home.logs / "daemon.log", maxBytes=4 * 2**20, backupCount=2
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.raiseExceptions = False  # a log that cannot be written is not worth a traceback
     root = logging.getLogger("talkoot")
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)

@@ -40,7 +40,6 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
     ObjectPushError,
     pull_and_inflate_object_from_tree,
     push_objects,
@@ -49,7 +48,12 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from talkoot.protocol.errors import ProtocolError, RefusedError, UnavailableError
+from talkoot.protocol.errors import (
+    ProtocolError,
+    RefusedError,
+    TalkootError,
+    UnavailableError,
+)
 from talkoot.protocol.identity import NodeKey, public_pem
 from talkoot.protocol.limits import MAX_CONTROL_MESSAGE
 from talkoot.protocol.messages import Refusal, parse
@@ -60,6 +64,9 @@ MAX_OBJECTS: Final = 32
 """Objects in one control message: the message, its records, and room."""
 MIN_HEARTBEAT: Final = 10.0  # seconds; Flower refuses less
 MAX_HEARTBEAT: Final = 1800.0  # seconds; Flower refuses more
+CLOSE_SECONDS: Final = 3.0
+"""How long going offline may take; a SuperLink that does not hear of it finds out by itself."""
+NOT_AUTHENTICATED: Final = "not-authenticated"
 NODE_ACTIVATION_FAILED: Final = 2004
 """Flower's code for "this key may not be activated (now)"."""
 
@@ -96,6 +103,8 @@ class FleetHost:
                 NodeAuthHttpInterceptor(key.private_key, key.public_key),
             ],
         )
+        # Flower's client reads whatever comes. What has no length, or too much of it, is not read.
+        self._client._client.event_hooks["response"].append(_cap)
         self._public_key = public_pem(key.public_key)
         self._app = app
         self._node_config = node_config
@@ -130,6 +139,10 @@ class FleetHost:
             return bool(self._call(self._client.SendNodeHeartbeat, request).success)
         except RefusedError:
             return False
+        except UnavailableError as err:
+            if err.code == NOT_AUTHENTICATED:  # the id is of another SuperLink's database
+                return False
+            raise
 
     def _beat(self) -> None:
         # Flower holds a node for gone after two intervals: three beats fit into that.
@@ -166,10 +179,14 @@ class FleetHost:
                 ),
                 return_type=Message,
             )
+        except TalkootError:
+            raise
         except httpx.HTTPError as err:
             raise _explain(err) from err
-        except (ObjectPullError, ValueError, TypeError) as err:
-            raise ProtocolError(f"The SuperLink sent a broken message: {err}.") from err
+        except Exception as err:  # flwr trusts its SuperLink, and meets nonsense with any error
+            raise ProtocolError(
+                f"The SuperLink sent a broken message ({type(err).__name__}: {err})."
+            ) from err
         message.metadata.__dict__["_message_id"] = tree.object_id
         if before is not None:
             before()
@@ -222,21 +239,37 @@ class FleetHost:
     def close(self) -> None:
         """Go offline, so that the coordinator need not wait for a heartbeat to fail."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
-        if self.flower_node_id is not None:
+        self._client._client.timeout = httpx.Timeout(CLOSE_SECONDS)
+        if self._thread is not None and self.flower_node_id is not None:
+            self._thread.join(timeout=CLOSE_SECONDS)
+            request = DeactivateNodeRequest(node_id=self.flower_node_id)
             try:
-                self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.flower_node_id))
-            except (httpx.HTTPError, RuntimeError) as err:
-                log.info("leaving: %s", err)
+                self._call(self._client.DeactivateNode, request)
+            except TalkootError as err:
+                log.info("leaving: %s", err.sentence)
+        self._client.close()
 
     def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
         try:
             return method(request)
         except httpx.HTTPError as err:
             raise _explain(err) from err
-        except RuntimeError as err:  # what flwr raises for a reply that is no protobuf
+        except (ValueError, RuntimeError) as err:
+            # What flwr raises for a reply that is no protobuf, and httpx once it is closed.
             raise UnavailableError(f"The SuperLink answered nonsense: {err}.") from err
+
+
+def _cap(response: httpx.Response) -> None:
+    """Refuse an answer that may be larger than a control message, before it is read."""
+    length = response.headers.get("content-length", "")
+    if "content-encoding" in response.headers or not length.isascii() or not length.isdigit():
+        raise ProtocolError("The gateway sent an answer without a length.", code="too-large")
+    if len(length) > 9 or int(length) > MAX_CONTROL_MESSAGE:
+        raise ProtocolError(
+            f"The gateway sent an answer of {length[:20]} bytes, and the cap is "
+            f"{MAX_CONTROL_MESSAGE}.",
+            code="too-large",
+        )
 
 
 def _explain(err: httpx.HTTPError) -> UnavailableError | RefusedError:
@@ -259,6 +292,11 @@ def _explain(err: httpx.HTTPError) -> UnavailableError | RefusedError:
     try:
         refusal = parse(Refusal, text.encode("utf-8"))
     except ProtocolError:
+        if status == 401:  # Flower signs the time; it may be 5 s ahead or 5 minutes behind
+            return UnavailableError(
+                "The SuperLink does not accept this node's signature: set this machine's clock.",
+                code=NOT_AUTHENTICATED,
+            )
         return UnavailableError(f"The gateway said no ({status}).", code="gateway-no")
     if refusal.code == "banned":
         return RefusedError(refusal.sentence, code="banned")

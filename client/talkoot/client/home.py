@@ -5,6 +5,8 @@ enrolment.json   whom it trains for            store/    artifacts that it fetch
 settings.json    what its owner chose          logs/     daemon and trainer
 status.json      what it is doing, for 'talkoot status'
 pause            there while its owner wants the machine
+ca.pem           whom it trusts, and
+supernode.key    its key as OpenSSH writes it, 0600: both for a stock flower-supernode only
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pydantic import Field
 
 from talkoot.protocol.errors import ProtocolError, StateError
 from talkoot.protocol.files import explain_os_error, write_atomic
-from talkoot.protocol.messages import Digest, M, Message, canonical_bytes, parse
+from talkoot.protocol.messages import Digest, LeaseId, M, Message, canonical_bytes, parse
 
 
 class Settings(Message):
@@ -45,6 +47,10 @@ class Counters(Message):
     """The run that this node joined: a coordinator cannot swap it for another."""
     newest_round: int = -1
     """The newest round that this node has answered: an older task is a replay."""
+    settled_lease: LeaseId | None = None
+    """The last lease that was answered: its task may come again, over the other plane."""
+    settled_accepted: bool = False
+    """What became of it."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,16 @@ class Home:
     def enrolment(self) -> Path:
         """Whom it trains for."""
         return self.root / "enrolment.json"
+
+    @property
+    def ca(self) -> Path:
+        """The coordinator's CA, for a stock SuperNode."""
+        return self.root / "ca.pem"
+
+    @property
+    def supernode_key(self) -> Path:
+        """The node's private key in the format that a stock SuperNode reads."""
+        return self.root / "supernode.key"
 
     @property
     def settings_path(self) -> Path:

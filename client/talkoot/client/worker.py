@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from talkoot.protocol.errors import (
     UnavailableError,
     VersionError,
 )
+from talkoot.protocol.files import DirectoryLock
 from talkoot.protocol.identity import NodeKey, load_public_key, verify
 from talkoot.protocol.limits import MAX_JSON_ARTIFACT, PROTOCOL_VERSION
 from talkoot.protocol.messages import (
@@ -55,7 +56,11 @@ log = logging.getLogger(__name__)
 State = Literal["idle", "syncing", "proving", "training", "pushing", "paused"]
 
 MAX_RETRY_SECONDS = 5.0
+MAX_TRAINER_DEATHS = 3
+"""In one lease; a node that cannot hold on gives the lease back."""
 REPLICA_DIFFERS = "replica-differs"
+DISK_FULL = "disk-full"
+"""Of this machine, or of the coordinator's."""
 
 
 class Worker:
@@ -232,6 +237,13 @@ class Worker:
         lease = task.lease
         if lease.lease_id in self._closed_leases:
             return Verdict(accepted=False, code="late", sentence="That lease was closed.")
+        if lease.lease_id == self.counters.settled_lease:
+            # Resumed over the data plane, and now Flower's own message for it comes, too.
+            return Verdict(
+                accepted=self.counters.settled_accepted,
+                code="settled",
+                sentence="That lease was answered before.",
+            )
         self._settle_earlier(lease.lease_id)
         self.lease_id = lease.lease_id
         try:
@@ -239,13 +251,7 @@ class Worker:
             self._sync(task.base)
             self.state = "training"
             blocks = [self._fetch(self._block(ref.block)) for ref in lease.blocks]
-            result = self.trainer.call(
-                "train",
-                on_progress=self._progress,
-                should_stop=self.should_stop,
-                task=task.model_dump(mode="json"),
-                blocks=[str(path) for path in blocks],
-            )
+            result = self._train(task, blocks)
             self.state = "pushing"
             verdict = self._deliver(task, result)
         except UnavailableError as err:
@@ -255,17 +261,39 @@ class Worker:
         finally:
             self.lease_id = None
             self.state = "idle"
+        # First what keeps the lease from being done again: if we die here, the next lease settles
+        # this one with the trainer (_settle_earlier).
+        self.save_counters(
+            newest_round=max(self.counters.newest_round, task.round),
+            contributions=self.counters.contributions + int(verdict.accepted),
+            settled_lease=lease.lease_id,
+            settled_accepted=verdict.accepted,
+        )
         self._settle(lease.lease_id, verdict.accepted)
         if verdict.accepted:
             self._say(f"Round {task.round}: accepted, loss {self.loss or 0.0:.4f}.")
         else:
             self._say(f"Round {task.round}: {verdict.sentence}")
-        self.save_counters(
-            newest_round=max(self.counters.newest_round, task.round),
-            contributions=self.counters.contributions + int(verdict.accepted),
-        )
         self._sweep(task)
         return verdict
+
+    def _train(self, task: RoundTask, blocks: list[Path]) -> dict[str, Any]:
+        """Train a lease; a trainer that dies on the way goes on from its last checkpoint."""
+        deaths = 0
+        while True:
+            try:
+                return self.trainer.call(
+                    "train",
+                    on_progress=self._progress,
+                    should_stop=self.should_stop,
+                    task=task.model_dump(mode="json"),
+                    blocks=[str(path) for path in blocks],
+                )
+            except UnavailableError as err:
+                deaths += 1
+                if err.code != "trainer-died" or deaths >= MAX_TRAINER_DEATHS:
+                    raise
+                self._say(err.sentence)
 
     def _check(self, task: RoundTask) -> None:
         lease = task.lease
@@ -277,9 +305,6 @@ class Worker:
                 f"The task is for round {task.round}, which this node has left behind.",
                 code="replayed-task",
             )
-        base = task.base
-        if base.version - base.checkpoint_version != len(base.updates):
-            raise ProtocolError("The task's chain of updates is not whole.", code="malformed")
         assert self._corpus is not None
         if any(ref.block >= self._corpus.block_count for ref in lease.blocks):
             raise ProtocolError("The task names blocks that do not exist.", code="malformed")
@@ -306,6 +331,9 @@ class Worker:
         ref = verify(signed, "VersionRef", self._coordinator_key, VersionRef)
         if self.version is not None and ref.version <= self.version:
             return
+        held = self.trainer.call("state")["version"]
+        if held is not None and ref.version < held:
+            return  # an old reference that somebody sends again; a replica never goes back
         self.state = "syncing"
         try:
             self._sync(ref)
@@ -316,7 +344,7 @@ class Worker:
         """Bring the replica to the published version; a wrong one is healed from a checkpoint."""
         held = self.trainer.call("state")
         local = held["version"]
-        usable = local is not None and base.checkpoint_version <= local <= base.version
+        usable = local is not None and base.updates_from <= local <= base.version
         try:
             self._sync_from(base, local if usable else None)
         except TalkootError as err:
@@ -333,7 +361,7 @@ class Worker:
             start = base.checkpoint_version
             checkpoint = {"version": start, "path": str(self._fetch(base.checkpoint))}
         assert start is not None
-        updates = base.updates[start - base.checkpoint_version :]
+        updates = base.updates[start - base.updates_from :]
         done = self.trainer.call(
             "sync",
             target={"version": base.version, "weights_digest": base.weights_digest},
@@ -432,12 +460,18 @@ class Worker:
 
     # Reports --------------------------------------------------------------------------------------
 
-    def report(self) -> NodeReportReply:
-        """Tell the coordinator what goes on, and hear what it says."""
+    def report(self, *, leaving: bool = False) -> NodeReportReply:
+        """Tell the coordinator what goes on, and hear what it says.
+
+        Args:
+            leaving: no reports follow, and their absence means nothing: Flower's heartbeat alone
+                says whether the node is there.
+        """
         lease_id = self.lease_id
+        state = "paused" if self.home.pause.exists() else self.state
         reply = self.transfer.report(
             NodeReport(
-                state="paused" if self.home.pause.exists() else self.state,
+                state="leaving" if leaving else state,
                 version=self.version,
                 weights_digest=self.weights_digest,
                 lease_id=lease_id,
@@ -460,7 +494,9 @@ class Worker:
 class Reporter:
     """Reports in the background, as often as the coordinator asks for."""
 
-    def __init__(self, worker: Worker, tell: Callable[[NodeReportReply | None], None]) -> None:
+    def __init__(
+        self, worker: Worker, tell: Callable[[NodeReportReply | TalkootError], None]
+    ) -> None:
         self._worker = worker
         self._tell = tell
         self._stop = threading.Event()
@@ -470,10 +506,15 @@ class Reporter:
         """Begin."""
         self._thread.start()
 
+    def stop(self) -> None:
+        """Ask it to end."""
+        self._stop.set()
+
     def close(self) -> None:
         """End."""
         self._stop.set()
-        self._thread.join(timeout=10)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=10)
 
     def _run(self) -> None:
         pause = 1.0
@@ -484,7 +525,10 @@ class Reporter:
                 self._tell(reply)
             except TalkootError as err:
                 log.info("report: %s", err.sentence)
-                self._tell(None)
+                if not self._stop.is_set():
+                    self._tell(err)
+            except Exception:  # a node that falls silent is taken for lost
+                log.exception("a report could not be made")
             if self._stop.wait(pause):
                 return
 
@@ -496,6 +540,13 @@ def set_current(worker: Worker | None) -> None:
     """Let the daemon lend its worker to the ClientApp in the same process."""
     global _current
     _current = worker
+
+
+def goes_on_later(err: TalkootError) -> bool:
+    """Whether a lease that ended with this error is kept, and taken up again by the daemon."""
+    if _current is None or err.code == "trainer-died":  # that often, it is not worth waiting for
+        return False
+    return isinstance(err, UnavailableError) or err.code == DISK_FULL
 
 
 @contextmanager
@@ -510,13 +561,16 @@ def worker_for(home: str) -> Iterator[Worker]:
     node = Home(path)
     node.require()
     settings = node.settings()
-    with TrainerHost(
-        node.work,
-        settings.device,
-        settings.threads,
-        node.logs / "trainer.log",
-        checkpoint_seconds=settings.checkpoint_seconds,
-    ) as trainer:
+    with (
+        DirectoryLock(node.root, who="talkoot daemon"),
+        TrainerHost(
+            node.work,
+            settings.device,
+            settings.threads,
+            node.logs / "trainer.log",
+            checkpoint_seconds=settings.checkpoint_seconds,
+        ) as trainer,
+    ):
         trainer.start()
         worker = Worker(node, trainer)
         reporter = Reporter(worker, lambda _reply: None)
@@ -525,4 +579,6 @@ def worker_for(home: str) -> Iterator[Worker]:
             yield worker
         finally:
             reporter.close()
+            with suppress(TalkootError):
+                worker.report(leaving=True)
             worker.close()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from talkoot.protocol.errors import ConfigError, TalkootError
+from talkoot.protocol.files import FULL_ERRNOS, READ_ONLY_ERRNOS, explain_os_error
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 
 
 def run(app: Callable[[], object]) -> None:
-    """Run a command line: a :class:`TalkootError` becomes one sentence and exit status 1."""
+    """Run a command line: a :class:`TalkootError` becomes one sentence and exit status 1.
+
+    So does a disk that is full or read-only, wherever it is met.
+    """
     try:
         app()
     except TalkootError as err:
@@ -23,6 +28,12 @@ def run(app: Callable[[], object]) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)  # the reader (head, less) has gone
+    except OSError as err:
+        if err.errno not in FULL_ERRNOS | READ_ONLY_ERRNOS:
+            raise
+        known = explain_os_error(err, "doing this", Path(err.filename or "."))
+        print(f"error: {known.sentence}", file=sys.stderr)
+        sys.exit(1)
 
 
 def parse_duration(text: str) -> float:

@@ -6,14 +6,16 @@ import errno
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from talkoot.protocol.errors import CapacityError, StateError
 
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+READ_ONLY_ERRNOS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 def explain_os_error(err: OSError, doing: str, path: Path) -> CapacityError | StateError:
@@ -24,7 +26,7 @@ def explain_os_error(err: OSError, doing: str, path: Path) -> CapacityError | St
             "nothing that was complete is lost.",
             code="disk-full",
         )
-    if err.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+    if err.errno in READ_ONLY_ERRNOS:
         return StateError(
             f"Cannot write {path} while {doing}: it is read-only for this user; "
             "change its permissions or choose another directory.",
@@ -76,12 +78,12 @@ class DirectoryLock:
     def __init__(self, directory: Path, *, who: str) -> None:
         self._path = directory / "lock"
         self._who = who
-        self._file: BinaryIO | None = None
+        self._file: IO[bytes] | None = None
 
     def acquire(self) -> None:
         """Take the lock, or raise :class:`StateError` that names the holder."""
         try:
-            file = self._path.open("a+b")
+            file = self._path.open("a+b", buffering=0)
         except OSError as err:
             raise explain_os_error(err, "taking the lock", self._path) from err
         try:
@@ -95,10 +97,20 @@ class DirectoryLock:
                 "stop that one first or choose another directory.",
                 code="in-use",
             ) from err
-        file.truncate(0)
-        file.write(str(os.getpid()).encode("ascii"))
-        file.flush()
+        with suppress(OSError):  # who holds it is a courtesy: a full disk must not cost the lock
+            file.truncate(0)
+            file.write(str(os.getpid()).encode("ascii"))
         self._file = file
+
+    def wait(self, seconds: float = 0.1) -> None:
+        """Take the lock as soon as its holder gives it back or dies, asking every so often."""
+        while True:
+            try:
+                return self.acquire()
+            except StateError as err:
+                if err.code != "in-use":
+                    raise
+            time.sleep(seconds)
 
     def release(self) -> None:
         """Give the lock back; harmless when it is not held."""

@@ -12,9 +12,9 @@ tokens. Loss is the mean cross-entropy in nats per token.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from talkoot.protocol import limits
 from talkoot.protocol.errors import ProtocolError
@@ -97,24 +97,35 @@ class CodecSpec(Message):
     """
 
     kind: Literal["topk", "dense"] = "topk"
+    """``dense`` does not read the others."""
     chunk: Annotated[int, Field(ge=1, le=limits.MAX_CHUNK)] = 4096
+    """Consecutive elements that compete with each other."""
     keep: Annotated[int, Field(ge=1, le=limits.MAX_CHUNK)] = 64
+    """Elements of a chunk that are sent."""
     value_bits: Annotated[int, Field(ge=2, le=limits.MAX_VALUE_BITS)] = 2
+    """A sign and a level."""
 
 
 class InnerSpec(Message):
     """The inner optimizer (AdamW) and its schedule in tokens, which follows the network's size."""
 
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
+    """The peak."""
     final_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Of the peak, at ``total_tokens``."""
     warmup_tokens: Count = 0
+    """Of the whole network; linear from zero."""
     total_tokens: Count = 0
     """Cosine from the peak to its final ratio over this many tokens of the whole network; 0 is a
     constant rate."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    """AdamW's."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """Decoupled; on matrices only."""
     clip_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Global gradient norm; 0 is no clipping."""
 
@@ -237,15 +248,28 @@ class Verdict(Message):
 
 
 class VersionRef(Message):
-    """A published version, and the way there from any earlier one."""
+    """A published version, and two ways there: by updates, or from a checkpoint.
+
+    The updates begin before the checkpoint, so that a node that keeps up never fetches one.
+    """
 
     version: Count
     weights_digest: Digest
     checkpoint_version: Count
     checkpoint: ArtifactRef
     """Dense weights of ``checkpoint_version`` <= ``version``."""
-    updates: Annotated[tuple[ArtifactRef, ...], Field(max_length=256)]
-    """Updates for ``checkpoint_version + 1 … version``, in order."""
+    updates_from: Count
+    """The version that the first update changes, <= ``checkpoint_version``."""
+    updates: Annotated[tuple[ArtifactRef, ...], Field(max_length=limits.MAX_UPDATE_CHAIN)]
+    """Updates for ``updates_from + 1 … version``, in order."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if not self.updates_from <= self.checkpoint_version <= self.version:
+            raise ValueError("the checkpoint lies outside the chain")
+        if self.version - self.updates_from != len(self.updates):
+            raise ValueError("the chain of updates is not whole")
+        return self
 
 
 class BlockRef(Message):

@@ -69,6 +69,15 @@ def judge_capability(policy: AdmissionPolicy, has: Capability, needs: MemoryPlan
     )
 
 
+def stale_proof() -> Verdict:
+    """The verdict on a proof that answers no open challenge (any more)."""
+    return Verdict(
+        accepted=False,
+        code="stale-proof",
+        sentence="The proof answers no open challenge: ask for a new one and prove again.",
+    )
+
+
 def judge_proof(
     policy: AdmissionPolicy,
     proof: Proof,
@@ -85,11 +94,7 @@ def judge_proof(
             model is too large for it to recompute.
     """
     if nonce is None or proof.nonce != nonce:
-        return Verdict(
-            accepted=False,
-            code="stale-proof",
-            sentence="The proof answers no open challenge: ask for a new one and prove again.",
-        )
+        return stale_proof()
     room = judge_capability(policy, proof.capability, needs)
     if not room.accepted:
         return room

@@ -7,6 +7,7 @@ node.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -17,6 +18,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from talkoot.protocol.errors import ConfigError
+from talkoot.protocol.files import DirectoryLock
 
 STATE_VARIABLE = "TALKOOT_STATE"
 
@@ -39,7 +41,12 @@ def main(grid: Grid, _context: Context) -> None:
         )
     coordinator = Coordinator.open(Path(state))
     configure(coordinator.state.logs / "rounds.log")
+    with contextlib.suppress(OSError):  # Flower notices a death, too, a minute later
+        coordinator.state.round_loop_pid.write_text(str(os.getpid()), encoding="ascii")
     control = ControlApi(coordinator.config.network.superlink_port, coordinator.ca_pem)
+    # One that outlived its SuperLink may still be writing a version: two must never do so.
+    lock = DirectoryLock(coordinator.state.run, who="round loop")
+    lock.wait()
     warm = threading.Thread(target=importlib.import_module, args=("talkoot.server.aggregate",))
     warm.start()  # the first round is at work meanwhile
     try:
@@ -48,4 +55,5 @@ def main(grid: Grid, _context: Context) -> None:
         logging.getLogger(__name__).exception("the round loop failed")
         raise
     finally:
+        lock.release()
         coordinator.close()

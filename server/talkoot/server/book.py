@@ -6,7 +6,6 @@ The rules are in ``rounds.py`` and ``leases.py``; here they meet the ledger.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from talkoot.protocol.leases import CommittedBlocks, Member, plan_leases, tokens_wanted
+from talkoot.protocol.limits import MAX_UPDATE_CHAIN
 from talkoot.protocol.messages import (
     ArtifactRef,
     BlockRef,
@@ -25,6 +25,7 @@ from talkoot.protocol.messages import (
     canonical_bytes,
     parse,
 )
+from talkoot.protocol.refusals import printable
 from talkoot.server.coordinator import Coordinator, note
 from talkoot.server.ledger.schema import (
     CommittedBlock,
@@ -38,8 +39,14 @@ from talkoot.server.ledger.schema import (
 )
 from talkoot.server.rounds import Decision, LeaseView, RoundView, decide
 
+MAX_REASON_CHARS = 500
 SPEED_MEMORY = 0.5
 """Weight of the newest measurement in a node's running tokens per second."""
+MIN_TRAINING_SECONDS = 1e-3
+"""What a node says to have trained in less is counted as this: its speed stays a finite number."""
+MAX_LOSS = 1e6
+"""Nats per token; a model that knows nothing of 2**24 tokens has 17. A larger or negative claim is
+no measurement, and would make a round's mean infinite."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,12 @@ class Book:
         ).one_or_none()
 
     def version_ref(self, session: Session, version: Version) -> VersionRef:
-        """A version, and the way there from the newest checkpoint at or before it."""
-        checkpoint = session.scalars(
+        """A version, the newest checkpoint at or before it, and the updates since the one before.
+
+        A node that is no further behind than the checkpoint before the newest comes by updates
+        alone: a checkpoint of a 7B-class model is two hundred times their size.
+        """
+        newest = session.scalars(
             select(Version)
             .where(
                 Version.run_id == self._c.run_id,
@@ -89,13 +100,15 @@ class Book:
                 Version.checkpoint_digest.is_not(None),
             )
             .order_by(Version.version.desc())
-            .limit(1)
-        ).one()
+            .limit(2)
+        ).all()
+        checkpoint = newest[0]
+        start = max(newest[-1].version, version.version - MAX_UPDATE_CHAIN)
         updates = session.scalars(
             select(Version)
             .where(
                 Version.run_id == self._c.run_id,
-                Version.version > checkpoint.version,
+                Version.version > start,
                 Version.version <= version.version,
             )
             .order_by(Version.version)
@@ -105,6 +118,7 @@ class Book:
             weights_digest=version.weights_digest,
             checkpoint_version=checkpoint.version,
             checkpoint=_ref(checkpoint.checkpoint_digest, checkpoint.checkpoint_bytes),
+            updates_from=start,
             updates=tuple(_ref(u.update_digest, u.update_bytes) for u in updates),
         )
 
@@ -132,12 +146,16 @@ class Book:
         ]
 
     def _reachable(self, state: NodeState | None, now: float) -> bool:
-        # A stock SuperNode reports only while it works; Flower's heartbeat speaks for it.
-        return state is None or now - state.seen_unix < self._c.config.round.lost_after_seconds
+        # A stock SuperNode reports only while it works, and says when it stops to: from then on
+        # Flower's heartbeat speaks for it.
+        if state is None or '"state":"leaving"' in state.report:
+            return True
+        return now - state.seen_unix < self._c.config.round.lost_after_seconds
 
-    def open_round(self, online: frozenset[int], poll_seconds: float) -> Round | None:
+    def open_round(
+        self, online: frozenset[int], poll_seconds: float, *, now: float
+    ) -> Round | None:
         """Open the next round (or lease the current one anew); None if too few nodes are there."""
-        now = time.time()
         config = self._c.config
         with self._c.ledger.write() as session:
             version = self.latest_version(session)
@@ -156,11 +174,11 @@ class Book:
             speeds = [m.tokens_per_second for m in members if m.tokens_per_second > 0]
             median = statistics.median(speeds) if speeds else 0.0
             leases = plan_leases(
-                seed=config.run.seed,
+                seed=self._c.spec.seed,
                 run_id=self._c.run_id,
                 round=number,
                 attempt=attempt,
-                block_tokens=config.corpus.block_tokens,
+                block_tokens=self._c.corpus.block_tokens,
                 committed=self._committed(session),
                 members=[
                     Member(
@@ -260,7 +278,7 @@ class Book:
                     signed=lease.task,
                     deadline_unix=current.deadline_unix,
                 )
-                for lease, node in session.execute(query).tuples()
+                for lease, node in session.execute(query)
             ]
 
     def holds_lease(self, session: Session, node_id: str) -> bool:
@@ -300,7 +318,8 @@ class Book:
             if self.lease_verdict(session, node_id, lease_id).accepted:
                 lease = session.get_one(LeaseRecord, lease_id)
                 lease.state = "released"
-                lease.reason = reason[:500]
+                reason = printable(reason)[:MAX_REASON_CHARS]
+                lease.reason = reason
                 name = session.get_one(Node, node_id).name
                 note(session, "declined", f"{name} gave its lease back: {reason}")
 
@@ -329,6 +348,8 @@ class Book:
             task = task_of(lease)
             if claim.round != lease.round or claim.tokens != task.lease.tokens:
                 return _no("not-as-leased", "Round or tokens are not those of the lease.")
+            if not 0 <= claim.loss <= MAX_LOSS:
+                return _no("impossible-loss", "A mean cross-entropy cannot be what was claimed.")
             if claim.base_weights_digest != task.base.weights_digest:
                 return _no(
                     "wrong-base",
@@ -363,7 +384,7 @@ class Book:
             lease.state = "committed"
             node = session.get_one(Node, claim.node_id)
             if claim.training_seconds > 0:
-                speed = claim.tokens / claim.training_seconds
+                speed = claim.tokens / max(claim.training_seconds, MIN_TRAINING_SECONDS)
                 old = node.tokens_per_second or speed
                 node.tokens_per_second = (1 - SPEED_MEMORY) * old + SPEED_MEMORY * speed
             return Verdict(accepted=True, code="accepted", sentence="Accepted.")
@@ -397,12 +418,15 @@ class Book:
                     LeaseRecord.round == current.round,
                     LeaseRecord.state != "released",
                 )
-            ).tuples()
+            )
             views = [
                 LeaseView(
                     node_id=lease.node_id,
                     state="committed" if lease.state == "committed" else "open",
-                    live=int(node.flower_node_id or 0) in online and self._reachable(state, now),
+                    # A paused node keeps its lease, and nobody waits for it.
+                    live=int(node.flower_node_id or 0) in online
+                    and self._reachable(state, now)
+                    and not _paused(state),
                 )
                 for lease, node, state in rows
             ]
@@ -414,14 +438,14 @@ class Book:
         )
         return decide(view, now)
 
-    def close_round(self, reason: str) -> None:
+    def close_round(self, reason: str, *, now: float) -> None:
         """Fix the set of contributions; what is not committed goes back to the pool."""
         with self._c.ledger.write() as session:
             current = self.current_round(session)
             if current is None or current.state != "open":
                 return
             current.state = "closing"
-            current.closed_unix = time.time()
+            current.closed_unix = now
             current.reason = reason
             self._release(session, current.round, "the round was closed")
 
@@ -443,9 +467,9 @@ class Book:
         directory: str,
         update: ArtifactRef,
         checkpoint: ArtifactRef | None,
+        now: float,
     ) -> Version:
         """Commit the closing round: its version, its contributions and its state, in one."""
-        now = time.time()
         with self._c.ledger.write() as session:
             current = self.current_round(session)
             if current is None or current.state != "closing":
@@ -484,14 +508,15 @@ class Book:
             note(session, kind, sentence)
 
     def kept_digests(self, keep_checkpoints: int) -> set[str]:
-        """Artifacts that somebody may still ask for, or that a closing round still needs."""
+        """Artifacts that somebody may still ask for, or that an unpublished round still needs."""
         with self._c.ledger.read() as session:
             versions = session.scalars(
                 select(Version)
                 .where(Version.run_id == self._c.run_id)
                 .order_by(Version.version.desc())
             ).all()
-            kept: set[str] = set()
+            spec = self._c.spec
+            kept = {spec.model.digest, spec.manifest.digest, spec.corpus.digest}
             checkpoints = 0
             for version in versions:
                 if version.update_digest:
@@ -501,6 +526,8 @@ class Book:
                     checkpoints += 1
                     if checkpoints >= keep_checkpoints:
                         break
+            # However few checkpoints are kept: tasks name these updates.
+            kept.update(update.digest for update in self.version_ref(session, versions[0]).updates)
             kept.update(
                 session.scalars(
                     select(ContributionRecord.payload_digest).where(

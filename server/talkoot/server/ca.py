@@ -237,7 +237,6 @@ def key_of_csr(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
 
     The size is the caller's to check (``EnrolRequest`` caps it at ``limits.MAX_CSR``).
     """
-    """The key of a certificate request that its owner signed; ProtocolError otherwise."""
     try:
         request = x509.load_pem_x509_csr(csr_pem)
         public_key = request.public_key()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from pydantic import ValidationError
 
 from talkoot.protocol.artifacts import ArtifactStore
+from talkoot.protocol.errors import TalkootError
 from talkoot.protocol.messages import ArtifactRef, Verdict
 from talkoot.server.book import Book, OpenTask, tasks_by_flower_id
 from talkoot.server.coordinator import Coordinator
@@ -32,7 +33,12 @@ ONLINE_SECONDS = 1.0
 """How often the loop asks Flower who is there: a full listing costs the SuperLink a query."""
 REPLY_SECONDS = 1.0
 """How often the loop asks Flower for replies: only refusals are news in them."""
+MAX_REOPEN_SECONDS = 60.0
+"""Longest pause between two attempts at a round whose leases all came back."""
 KEEP_VERSION_DIRS = 2
+RUBBISH_SECONDS = 3600.0
+"""An artifact that nothing refers to is kept so long: somebody may be fetching it, or a payload may
+be on its way into the ledger."""
 
 
 class ControlPlane(Protocol):
@@ -84,8 +90,10 @@ class Conductor:
         self._online: frozenset[int] = frozenset()
         self._online_until = 0.0
         self._replies_at = 0.0
+        self._reopened_at = 0.0
+        self._reopen_pause = 0.0
         self._sent: set[str] = set()
-        self._told = ""
+        self._told: set[str] = set()
 
     def run(self) -> None:
         """Run rounds until the run is finished."""
@@ -110,20 +118,30 @@ class Conductor:
             return False
         log.info(decision.sentence)
         if decision.action == "close":
-            self._book.close_round(decision.sentence)
+            self._book.close_round(decision.sentence, now=now)
+            self._reopen_pause = 0.0
             return True
+        if self._reopened_at <= now < self._reopened_at + self._reopen_pause:
+            return False
         self._tell("no-quorum", decision.sentence)
-        return self._open()
+        if not self._open():
+            return False
+        # Nodes that give their leases back at once (a full disk, say) get them again more slowly.
+        self._reopened_at = now
+        self._reopen_pause = min(MAX_REOPEN_SECONDS, max(1.0, 2 * self._reopen_pause))
+        return True
 
     # Opening --------------------------------------------------------------------------------------
 
     def _open(self) -> bool:
-        opened = self._book.open_round(self._who(), self._registry.poll_seconds())
+        opened = self._book.open_round(
+            self._who(), self._registry.poll_seconds(), now=self._clock()
+        )
         if opened is None:
             self._tell("waiting", "Waiting for nodes: fewer are here than round.min_nodes.")
             return False
         log.info("round %d opened, attempt %d", opened.round, opened.attempt)
-        self._told = ""
+        self._told.clear()
         self._control.forget()
         self._sent.clear()
         self._send_open_tasks(opened.round)
@@ -181,7 +199,6 @@ class Conductor:
         # Torch takes seconds to import, and a round can open without it.
         from talkoot.server.aggregate import (
             ContributionInput,
-            OuterSpec,
             VersionDir,
             aggregate_round,
         )
@@ -202,18 +219,13 @@ class Conductor:
             )
             for c in self._book.contributions(number)
         ]
-        outer = OuterSpec(
-            optimizer=config.outer.optimizer,
-            learning_rate=config.outer.learning_rate,
-            momentum=config.outer.momentum,
-        )
         result = aggregate_round(
             self._c.manifest,
             VersionDir(self._c.state.versions / base.directory),
             inputs,
             self._c.spec.uplink,
             self._c.spec.downlink,
-            outer,
+            config.outer,
             out_dir,
         )
         update = self._c.store.put_file(result.update_path)
@@ -225,6 +237,7 @@ class Conductor:
             directory=name,
             update=update,
             checkpoint=checkpoint,
+            now=self._clock(),
         )
         log.info(
             "version %d published: %d contributions, %.3f bit/parameter, digest %s",
@@ -236,14 +249,24 @@ class Conductor:
         self._clean(number)
 
     def _clean(self, newest: int) -> None:
+        """Delete what no living version needs: rubbish costs a turn of the loop, never a round."""
+        # Before the ledger is asked: what came since then may not be in its answer.
+        moment = time.time() - RUBBISH_SECONDS
+        try:
+            self._c.store.sweep(
+                self._book.kept_digests(self._c.config.round.keep_checkpoints),
+                older_than_unix=moment,
+            )
+        except TalkootError as err:
+            log.warning("rubbish stays for now: %s", err.sentence)
         for path in self._c.state.versions.glob("v*"):
             if path.name[1:].isdigit() and int(path.name[1:]) <= newest - KEEP_VERSION_DIRS:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _tell(self, kind: str, sentence: str) -> None:
-        """Put something on record once, not at every turn of the loop."""
-        if self._told != kind:
-            self._told = kind
+        """Put something on record once until a round opens, not at every turn of the loop."""
+        if kind not in self._told:
+            self._told.add(kind)
             log.info(sentence)
             self._book.note(kind, sentence)
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from talkoot.protocol import limits
 from talkoot.protocol.errors import ConfigError
 from talkoot.protocol.messages import CodecSpec, InnerSpec
+from talkoot.server.outer import OuterSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -28,20 +29,26 @@ class RunSection(_Section):
     """What is trained, for how long."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")] = "talkoot"
+    """The run's id begins with it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of initial weights, held-out split and order of blocks."""
     rounds: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
+    """After so many the run is finished."""
 
 
 class ModelSection(_Section):
     """The model: exactly one of ``preset``, ``config`` and ``pretrained``."""
 
     preset: str | None = None
+    """A built-in model with fresh weights (``talkoot.protocol.model.PRESETS``)."""
     config: str | None = None
-    """A transformers config.json."""
+    """A transformers config.json: a model with fresh weights."""
     pretrained: str | None = None
     """A directory that ``AutoModelForCausalLM.from_pretrained`` loads."""
     sequence_length: Annotated[int, Field(ge=2, le=2**20)] = 2048
+    """Must divide ``corpus.block_tokens``."""
     micro_batch: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Sequences in one inner step, the same on every node."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -54,7 +61,9 @@ class TokenizerSection(_Section):
     """Bytes, or any tokenizer that ``transformers.AutoTokenizer`` loads from a directory."""
 
     kind: Literal["bytes", "hf"] = "bytes"
+    """``bytes``: one token a UTF-8 byte. ``hf``: the tokenizer at ``path``."""
     path: str | None = None
+    """Its directory, which ``init`` copies; with ``hf`` only."""
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
@@ -71,9 +80,11 @@ class CorpusSection(_Section):
     )
     """``stdlib``, a file, a folder, or ``hf:NAME[:split[:column]]``."""
     block_tokens: Annotated[int, Field(ge=16, le=limits.MAX_BLOCK // 4)] = 65_536
+    """Tokens in the smallest piece of data that is leased."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of documents that is never trained on."""
     encoding: Literal["utf-8", "latin-1"] = "utf-8"
+    """Of files; those that are not text in it are passed over."""
 
 
 class RoundSection(_Section):
@@ -82,6 +93,7 @@ class RoundSection(_Section):
     tokens_per_node: Annotated[int, Field(ge=1, lt=2**40)] = 1_048_576
     """Tokens in the lease of a node of median speed; others get more or less."""
     deadline_seconds: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600.0
+    """From opening to closing, if not everybody has answered before."""
     quorum: Annotated[int, Field(ge=1, le=100_000)] = 1
     """Contributions without which a round is not closed."""
     min_nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
@@ -90,19 +102,12 @@ class RoundSection(_Section):
     """A node that has not reported for so long is not waited for (until it reports again)."""
     checkpoint_every: Annotated[int, Field(ge=1, le=200)] = 10
     """Rounds between dense checkpoints, for those who join."""
-    keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
-
-
-class OuterSection(_Section):
-    """The outer optimizer: plain SGD (SparseLoCo) or Nesterov momentum (DiLoCo)."""
-
-    optimizer: Literal["sgd", "nesterov"] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    keep_checkpoints: Annotated[int, Field(ge=2, le=1000)] = 2
+    """How many of those to keep; older ones go an hour after nothing refers to them."""
 
 
 class DownlinkSection(CodecSpec):
-    """The codec of published updates: denser than the uplink's (issue 4 has the ablation)."""
+    """The codec of published updates: denser than the uplink's."""
 
     keep: Annotated[int, Field(ge=1, le=limits.MAX_CHUNK)] = 256
     value_bits: Annotated[int, Field(ge=2, le=limits.MAX_VALUE_BITS)] = 4
@@ -112,15 +117,19 @@ class NetworkSection(_Section):
     """Addresses. Port 0 is "any free one", chosen at ``init``."""
 
     bind: str = "0.0.0.0"  # noqa: S104 - volunteers connect from anywhere
+    """The address that both public ports listen on."""
     public_host: str = "127.0.0.1"
     """The name or address that invites carry."""
     gateway_port: Port = 7443
+    """TCP, HTTPS: must be reachable from outside."""
     transfer_port: Port = 7444
+    """TCP, gRPC: must be reachable from outside."""
     superlink_port: Port = 0
     """Bound to 127.0.0.1 always: nobody but the coordinator talks to the SuperLink directly."""
     max_pulls_per_second: Annotated[float, Field(gt=0)] = 40.0
     """What all nodes together may poll; a SuperLink on SQLite was seen to bear 84."""
     min_poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.25
+    """How often a node of a small network polls."""
 
 
 class AdmissionSection(_Section):
@@ -140,6 +149,7 @@ class LedgerSection(_Section):
     """Where the ledger is: empty for SQLite in the state directory, or an SQLAlchemy URL."""
 
     url: str = ""
+    """Such as ``postgresql+psycopg://user@host/talkoot`` (with ``talkoot[postgres]``)."""
 
 
 class Config(_Section):
@@ -151,10 +161,11 @@ class Config(_Section):
     corpus: CorpusSection = CorpusSection()
     round: RoundSection = RoundSection()
     inner: InnerSpec = InnerSpec()
-    outer: OuterSection = OuterSection()
+    outer: OuterSpec = OuterSpec()
     uplink: CodecSpec = CodecSpec()
     downlink: DownlinkSection = DownlinkSection()
     feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Of what a node did not send, from round to round (its error feedback)."""
     network: NetworkSection = NetworkSection()
     admission: AdmissionSection = AdmissionSection()
     ledger: LedgerSection = LedgerSection()

@@ -12,6 +12,7 @@ from sqlalchemy import select
 
 from talkoot.protocol.artifacts import ArtifactStore, ChainSource
 from talkoot.protocol.corpus import CorpusManifest, CorpusSource
+from talkoot.protocol.errors import StateError
 from talkoot.protocol.identity import NodeKey
 from talkoot.protocol.limits import MAX_JSON_ARTIFACT
 from talkoot.protocol.messages import RunSpec, Signed, parse
@@ -49,7 +50,14 @@ class Coordinator:
         ledger = Ledger(Ledger.url_at(state.root, config.ledger.url))
         ledger.migrate()
         with ledger.read() as session:
-            run = session.scalars(select(Run).where(Run.run_id == run_id)).one()
+            run = session.scalars(select(Run).where(Run.run_id == run_id)).one_or_none()
+        if run is None:
+            ledger.close()
+            raise StateError(
+                f"The ledger does not know run {run_id}, which {state.root} is about: restore the "
+                "ledger from a backup, or correct ledger.url.",
+                code="run-unknown",
+            )
         signed = parse(Signed, run.spec.encode("ascii"))
         return cls(
             state=state,

@@ -108,9 +108,12 @@ class Desk:
         return verdict
 
     def pushed(self, node_id: str, lease_id: str, digest: str, path: Path) -> None:
-        """A whole file has arrived."""
+        """A whole file has arrived. A node's newest is kept, so that it cannot fill the disk."""
         target = self._upload(node_id, lease_id, digest)
         try:
+            for earlier in self._uploads.glob(f"{node_id}-*"):
+                if earlier != target:
+                    earlier.unlink(missing_ok=True)
             os.replace(path, target)  # noqa: PTH105 - one name for both halves
         except OSError as err:
             raise explain_os_error(err, "keeping an upload", target) from err
@@ -124,8 +127,6 @@ class Desk:
 
     def submit(self, node_id: str, signed: Signed) -> Verdict:
         """Check a contribution from end to end, then commit it."""
-        from talkoot.protocol.payload import verify_payload
-
         pem = self._registry.public_key_pem(node_id)
         claim = verify(signed, "Contribution", load_public_key(pem), Contribution)
         if claim.node_id != node_id or claim.run_id != self._c.run_id:
@@ -134,34 +135,37 @@ class Desk:
             )
         with self._c.ledger.read() as session:
             verdict = self._book.lease_verdict(session, node_id, claim.lease_id)
-        if not verdict.accepted and verdict.code != "committed":
-            self._drop_upload(claim)
-            return verdict
-        upload = self._upload(node_id, claim.lease_id, claim.payload.digest)
-        digest = claim.payload.digest
-        path = upload if upload.exists() else self._c.store.path(digest)
-        if not path.exists():
-            raise RefusedError("The payload was never pushed: push it first.", code="not-pushed")
-        if path.stat().st_size != claim.payload.size_bytes:
-            return Verdict(accepted=False, code="wrong-size", sentence="The size is not as signed.")
-        if verdict.code != "committed":
+        norm = 0.0  # not used for what is committed: the ledger has it, and knows the answer
+        if verdict.accepted:
             try:
                 with self._verifying:
-                    facts = verify_payload(path, self._c.manifest, self._c.spec.uplink)
+                    norm = self._keep_payload(claim)
             except ProtocolError as err:
                 self._book.note(
                     "refused", f"A payload of node {node_id} was refused: {err.sentence}"
                 )
                 self._drop_upload(claim)
                 return Verdict(accepted=False, code=err.code, sentence=err.sentence)
-            norm = facts.l2_norm
-            if path == upload:
-                self._c.store.put_file(upload)
-        else:
-            norm = 0.0  # not used: the contribution is in the ledger already
-        verdict = self._book.accept(claim, signed, l2_norm=norm, now=time.time())
+        if verdict.accepted or verdict.code == "committed":
+            verdict = self._book.accept(claim, signed, l2_norm=norm, now=time.time())
         self._drop_upload(claim)
         return verdict
+
+    def _keep_payload(self, claim: Contribution) -> float:
+        """Verify a payload and put it into the store; returns its l2 norm."""
+        from talkoot.protocol.payload import verify_payload
+
+        upload = self._upload(claim.node_id, claim.lease_id, claim.payload.digest)
+        # It is in the store already when an earlier try died before the ledger had it.
+        path = upload if upload.exists() else self._c.store.path(claim.payload.digest)
+        if not path.exists():
+            raise RefusedError("The payload was never pushed: push it first.", code="not-pushed")
+        if path.stat().st_size != claim.payload.size_bytes:
+            raise ProtocolError("The payload's size is not as signed.", code="wrong-size")
+        facts = verify_payload(path, self._c.manifest, self._c.spec.uplink)
+        if path == upload:
+            self._c.store.put_file(upload)
+        return facts.l2_norm
 
     def _drop_upload(self, claim: Contribution) -> None:
         self._upload(claim.node_id, claim.lease_id, claim.payload.digest).unlink(missing_ok=True)

@@ -54,10 +54,13 @@ def export_version(coordinator: Coordinator, out: Path, number: int | None) -> V
 
 
 def _write(coordinator: Coordinator, version: Version, work: Path) -> None:
+    from transformers.utils import logging as transformers_logging
+
     from talkoot.protocol.model import build_model, parse_config
     from talkoot.protocol.tokenizer import load_tokenizer, save_for_export
     from talkoot.protocol.weights import WeightsReader
 
+    transformers_logging.disable_progress_bar()  # one file's bar tells nobody anything
     path = coordinator.state.versions / version.directory / "published.safetensors"
     if not path.exists() and version.checkpoint_digest is not None:
         path = coordinator.store.path(version.checkpoint_digest)

@@ -18,6 +18,7 @@ def configure(path: Path | None) -> None:
         else logging.StreamHandler()
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.raiseExceptions = False  # a log that cannot be written is not worth a traceback
     root = logging.getLogger("talkoot")
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)

@@ -1,26 +1,34 @@
-"""The outer optimizer: how the averaged pseudo-gradient moves the master weights."""
+"""The outer optimizer: how the averaged pseudo-gradient moves the master weights.
+
+torch is not imported here: the configuration reads :class:`OuterSpec`, and ``--help`` must be
+quick.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from talkoot.protocol.messages import Message
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class OuterSpec(Message):
-    """The outer optimizer and its settings.
+    """The outer optimizer and its settings, which are the operator's ``[outer]`` as well.
 
-    ``sgd``: plain SGD, as SparseLoCo uses it (arXiv 2508.15706, algorithm 1); ``momentum`` is not
-    read. ``nesterov``: DiLoCo's (arXiv 2311.08105, algorithm 1 and section 3).
+    ``sgd``: plain SGD, as SparseLoCo uses it (arXiv 2508.15706, algorithm 1). ``nesterov``:
+    DiLoCo's (arXiv 2311.08105, algorithm 1 and section 3).
     """
 
     optimizer: Literal["sgd", "nesterov"] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """``nesterov`` keeps one more fp32 a parameter on the coordinator's disk."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Of the averaged pseudo-gradient."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of ``nesterov``; ``sgd`` does not read it."""
 
     @property
     def has_state(self) -> bool:
@@ -38,10 +46,10 @@ def outer_step(
     operation. The arguments are not changed.
     """
     if spec.optimizer == "sgd":
-        return torch.add(master, gradient, alpha=-spec.learning_rate), None
+        return master.add(gradient, alpha=-spec.learning_rate), None
     if momentum is None:
         new_momentum = gradient.clone()
     else:
-        new_momentum = torch.add(momentum * spec.momentum, gradient)
-    step = torch.add(gradient, new_momentum, alpha=spec.momentum)
-    return torch.add(master, step, alpha=-spec.learning_rate), new_momentum
+        new_momentum = (momentum * spec.momentum).add(gradient)
+    step = gradient.add(new_momentum, alpha=spec.momentum)
+    return master.add(step, alpha=-spec.learning_rate), new_momentum

@@ -7,11 +7,12 @@ functions of ``admission.py``.
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
 
 from sqlalchemy import select
 
@@ -33,7 +34,7 @@ from talkoot.protocol.messages import (
     canonical_bytes,
 )
 from talkoot.server import rounds
-from talkoot.server.admission import AdmissionPolicy, judge_capability, judge_proof
+from talkoot.server.admission import AdmissionPolicy, judge_capability, judge_proof, stale_proof
 from talkoot.server.book import Book
 from talkoot.server.ca import CertificateAuthority, key_of_csr
 from talkoot.server.coordinator import Coordinator, note
@@ -52,7 +53,7 @@ from talkoot.server.ledger.schema import (
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-    from talkoot.server.flower import ControlApi
+log = logging.getLogger(__name__)
 
 NodeStatus = Literal["pending", "proving", "admitted", "refused", "banned"]
 
@@ -62,12 +63,27 @@ REPORT_SECONDS = 1.0
 """How often a node of a small network reports; stretched as the network grows."""
 
 
+class Register(Protocol):
+    """Which keys Flower lets in; ``ControlApi`` over the SuperLink in production.
+
+    Any method may raise :class:`UnavailableError` or :class:`RefusedError`.
+    """
+
+    def register_node(self, public_key_pem: bytes, name: str) -> int | None:
+        """Let a key take part; returns Flower's node id, or None if the key is known already."""
+        ...
+
+    def find_node(self, public_key_pem: bytes) -> int | None:
+        """Flower's node id of a registered key."""
+        ...
+
+
 @dataclass(frozen=True)
 class Registry:
     """The nodes of one coordinator."""
 
     coordinator: Coordinator
-    control: ControlApi
+    control: Register
 
     # Invites --------------------------------------------------------------------------------------
 
@@ -117,12 +133,7 @@ class Registry:
             raise RefusedError(fits.sentence, code=fits.code)
 
         # Flower first: a node in the ledger is always one that the SuperLink knows.
-        flower_node_id = self.control.register_node(pem, request.name)
-        if flower_node_id is None:
-            flower_node_id = self.control.find_node(pem)
-        if flower_node_id is None:
-            raise UnavailableError("The SuperLink did not register the node: try again.")
-
+        flower_node_id = self._register(pem, request.name)
         now = time.time()
         with self.coordinator.ledger.write() as session:
             invite = self._usable_invite(session, request.token, node_id)
@@ -145,7 +156,9 @@ class Registry:
                         nonce=None,
                     )
                 )
-                note(session, "enrolled", f"{request.name} ({node_id}) enrolled from {peer}.")
+                note(session, "enrolled", f"{request.name} ({node_id}) enrolled.")
+                # Events are public on the status page; where a volunteer lives is not.
+                log.info("%s (%s) enrolled from %s", request.name, node_id, peer)
             else:
                 node.name = request.name
                 node.flower_node_id = str(flower_node_id)
@@ -162,6 +175,14 @@ class Registry:
             transfer_port=network.transfer_port,
             poll_seconds=self.poll_seconds(),
         )
+
+    def _register(self, pem: bytes, name: str) -> int:
+        flower_node_id = self.control.register_node(pem, name)
+        if flower_node_id is None:
+            flower_node_id = self.control.find_node(pem)
+        if flower_node_id is None:
+            raise UnavailableError("The SuperLink did not register the node: try again.")
+        return flower_node_id
 
     def _usable_invite(self, session: Session, token: str, node_id: str) -> InviteRecord:
         digest = _sha256(token.encode())
@@ -219,7 +240,7 @@ class Registry:
         return ProofChallenge(nonce=nonce, steps=PROOF_STEPS)
 
     def prove(self, node_id: str, signed: Signed) -> Verdict:
-        """Judge a proof and keep it, whatever the verdict."""
+        """Judge a proof and keep it with its verdict, unless it answers no open challenge."""
         with self.coordinator.ledger.read() as session:
             node = _node(session, node_id)
             nonce, pem, approved = node.nonce, node.public_key_pem, node.status == "admitted"
@@ -237,6 +258,13 @@ class Registry:
             verdict = Verdict(accepted=True, code="admitted", sentence="Admitted by the operator.")
         with self.coordinator.ledger.write() as session:
             node = _node(session, node_id)
+            # Recomputing the loss took seconds: a ban or another answer may have come meanwhile.
+            if node.status == "banned":
+                raise RefusedError(f"This node is banned: {node.sentence}", code="banned")
+            if verdict.code != "stale-proof" and node.nonce != proof.nonce:
+                verdict = stale_proof()
+            if verdict.code == "stale-proof":
+                return verdict  # not kept: it says nothing, and costs its sender nothing
             session.add(
                 ProofRecord(
                     node_id=node_id,
@@ -247,8 +275,6 @@ class Registry:
                     unix=time.time(),
                 )
             )
-            if verdict.code == "stale-proof":
-                return verdict
             node.nonce = None
             node.sentence = verdict.sentence
             node.capability = canonical_bytes(proof.capability).decode("ascii")
@@ -285,35 +311,29 @@ class Registry:
 
     def approve(self, node_id: str) -> None:
         """Admit a node that proved itself and waits, or lift a ban or refusal."""
+        with self.coordinator.ledger.read() as session:
+            node = _proved(session, node_id)
+            banned, pem, name = node.status == "banned", node.public_key_pem, node.name
+        # Flower first, as at enrolment: a node that is admitted is one that the SuperLink knows.
+        flower_node_id = self._register(pem.encode("ascii"), name) if banned else None
         with self.coordinator.ledger.write() as session:
-            node = _node(session, node_id)
-            proof = session.scalars(
-                select(ProofRecord)
-                .where(ProofRecord.node_id == node.node_id)
-                .order_by(ProofRecord.proof_id.desc())
-            ).first()
-            if proof is None or not (proof.accepted or proof.code == "awaits-approval"):
-                raise ConfigError(
-                    f"{node.name} ({node.node_id}) has not proved that it can hold a replica: "
-                    f"{node.sentence}"
-                )
-            was_banned = node.status == "banned"
+            node = _proved(session, node_id)
             node.status = "admitted"
             node.sentence = "Admitted by the operator."
-            pem, name = node.public_key_pem.encode("ascii"), node.name
+            if flower_node_id is not None:
+                node.flower_node_id = str(flower_node_id)
             note(session, "admitted", f"{name}: admitted by the operator.")
-        if was_banned:
-            flower_node_id = self.control.register_node(pem, name) or self.control.find_node(pem)
-            with self.coordinator.ledger.write() as session:
-                _node(session, node_id).flower_node_id = str(flower_node_id)
 
     def ban(self, node_id: str, reason: str) -> None:
-        """Shut a node out of every plane, until it is approved again."""
+        """Shut a node out of every plane, until it is approved again.
+
+        The gateway and the transfer service refuse it, and no lease goes to it. With the SuperLink,
+        which only the gateway reaches, it stays registered: Flower takes no key a second time.
+        """
         with self.coordinator.ledger.write() as session:
             node = _node(session, node_id)
             node.status = "banned"
             node.sentence = reason
-            flower_node_id = node.flower_node_id
             for lease in session.scalars(
                 select(LeaseRecord).where(
                     LeaseRecord.node_id == node.node_id, LeaseRecord.state == "open"
@@ -322,8 +342,6 @@ class Registry:
                 lease.state = "released"
                 lease.reason = "banned"
             note(session, "banned", f"{node.name} was banned: {reason}")
-        if flower_node_id is not None:
-            self.control.unregister_node(int(flower_node_id))
 
     def banned(self, public_key_pem: bytes) -> str | None:
         """Why the owner of a key is shut out, or None when it is not."""
@@ -384,7 +402,8 @@ class Registry:
                 session.add(NodeState(node_id=node_id, seen_unix=now, report=body, restarts=0))
             else:
                 before = NodeReport.model_validate_json(state.report)
-                if before.started_unix != report.started_unix:
+                # A stock SuperNode is a new process for every lease, which is nothing of note.
+                if before.started_unix != report.started_unix and before.state != "leaving":
                     state.restarts += 1
                     away = now - state.seen_unix
                     note(session, "returned", f"{node.name} is back after {away:.1f} s.")
@@ -437,6 +456,22 @@ def _node(session: Session, node_id: str) -> Node:
     node = session.get(Node, node_id, with_for_update=True)
     if node is None:
         raise RefusedError("This coordinator does not know this node.", code="unknown-node")
+    return node
+
+
+def _proved(session: Session, node_id: str) -> Node:
+    """A node that may be admitted: it proved itself, and the operator's word is all it lacks."""
+    node = _node(session, node_id)
+    proof = session.scalars(
+        select(ProofRecord)
+        .where(ProofRecord.node_id == node.node_id)
+        .order_by(ProofRecord.proof_id.desc())
+    ).first()
+    if proof is None or not (proof.accepted or proof.code == "awaits-approval"):
+        raise ConfigError(
+            f"{node.name} ({node.node_id}) has not proved that it can hold a replica: "
+            f"{node.sentence}"
+        )
     return node
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from talkoot.protocol.files import DirectoryLock
+from talkoot.server.app import STATE_VARIABLE
 from talkoot.server.coordinator import Coordinator
 from talkoot.server.logs import configure
 from talkoot.server.state import StateDir
@@ -56,22 +57,23 @@ def _on_signals(supervisor: Supervisor, say: Callable[[str], None]) -> None:
 
 
 def reap_leftovers(state: StateDir) -> None:
-    """End the parts of a coordinator that was killed; we hold the lock, so nobody needs them."""
+    """End the parts of a coordinator that was killed; we hold the lock, so nobody needs them.
+
+    A part's children count, too, when they have outlived it: they are in its process group.
+    """
     path = state.run / "pids"
     try:
         lines = path.read_text("ascii").splitlines()
     except OSError:
         return
+    pids = (line.partition(" ") for line in lines)
+    groups = {int(pid) for name, _, pid in pids if name != "supervisor" and pid.isdigit()}
     left: list[psutil.Process] = []
-    for line in lines:
-        name, _, pid = line.partition(" ")
-        if name == "supervisor" or not pid.isdigit():
-            continue
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(int(pid))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
             # The number may have gone to another program since.
-            if str(state.root) in " ".join(process.cmdline()):
-                left += [process, *process.children(recursive=True)]
+            if os.getpgid(process.pid) in groups and _is_ours(process, state):
+                left.append(process)
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -79,3 +81,10 @@ def reap_leftovers(state: StateDir) -> None:
     path.unlink(missing_ok=True)
     if left:
         time.sleep(0.2)  # the kernel frees their ports a moment after they are gone
+
+
+def _is_ours(process: psutil.Process, state: StateDir) -> bool:
+    root = str(state.root)
+    if any(part == root or part.startswith(root + os.sep) for part in process.cmdline()):
+        return True
+    return process.environ().get(STATE_VARIABLE) == root  # what Flower started for us

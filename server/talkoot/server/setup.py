@@ -36,19 +36,19 @@ def init(root: Path, config: Config, *, say: Say) -> str:
 
     Interrupted half-way it leaves a directory that ``serve`` and ``init`` refuse with a sentence.
     """
-    config = _with_ports(config)
+    config = with_free_ports(config)
     state = StateDir(root.absolute())
     state.create()
-    try:
-        with DirectoryLock(state.root, who="coordinator"):
+    with DirectoryLock(state.root, who="coordinator"):  # outside: another init's work is not ours
+        try:
             run_id = _fill(state, config, say)
             state.finish(run_id)
-    except TalkootError:
-        shutil.rmtree(state.root, ignore_errors=True)
-        raise
-    except OSError as err:
-        shutil.rmtree(state.root, ignore_errors=True)
-        raise explain_os_error(err, "making the state directory", state.root) from err
+        except TalkootError:
+            shutil.rmtree(state.root, ignore_errors=True)
+            raise
+        except OSError as err:
+            shutil.rmtree(state.root, ignore_errors=True)
+            raise explain_os_error(err, "making the state directory", state.root) from err
     return run_id
 
 
@@ -179,7 +179,7 @@ def _copy_tree(source: Path, target: Path) -> None:
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
 
 
-def _with_ports(config: Config) -> Config:
+def with_free_ports(config: Config) -> Config:
     """Choose free ports where the configuration says 0; they stay the same from then on."""
     network = config.network
     chosen: dict[str, Any] = network.model_dump()

@@ -88,6 +88,11 @@ class StateDir:
         return self.root / "run"
 
     @property
+    def round_loop_pid(self) -> Path:
+        """Process id of the newest round loop, which Flower starts and we watch."""
+        return self.run / "rounds.pid"
+
+    @property
     def flower(self) -> Path:
         """Flower's own files."""
         return self.root / "flower"
@@ -99,6 +104,10 @@ class StateDir:
                 f"{self.root} is an operator's state directory already: start it with "
                 f"'talkoot-coordinator serve --state {self.root}', or choose another directory.",
                 code="exists",
+            )
+        if self.root.exists() and not self.root.is_dir():
+            raise StateError(
+                f"{self.root} is not a directory: choose another --state.", code="not-a-directory"
             )
         if self.root.exists() and any(self.root.iterdir()):
             raise StateError(
@@ -139,6 +148,8 @@ class StateDir:
             )
         try:
             body = json.loads(self.marker.read_bytes())
+            if not isinstance(body, dict):
+                raise ValueError("it is not a JSON object")
         except FileNotFoundError as err:
             raise StateError(
                 f"{self.root} is half made (an earlier init was interrupted): delete it and run "
@@ -159,4 +170,9 @@ class StateDir:
                 "owner.",
                 code="read-only",
             )
-        return str(body["run_id"])
+        run_id = body.get("run_id")
+        if not isinstance(run_id, str):
+            raise StateError(
+                f"{self.marker} names no run: restore it from a backup.", code="unreadable"
+            )
+        return run_id

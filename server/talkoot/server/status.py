@@ -22,7 +22,7 @@ from talkoot.server.ledger.schema import (
 )
 
 HISTORY_ROUNDS = 200
-"""Rounds that the document carries; the command line's ``rounds`` shows all."""
+"""Rounds that the document carries; the command line's ``rounds --last`` asks for more."""
 EVENTS = 30
 ONLINE_SECONDS = 15.0
 """A node that reported within this is shown as online."""
@@ -93,7 +93,7 @@ def _history(session: Session, run_id: str, limit: int | None) -> list[dict[str,
     )
     if limit is not None:
         query = query.limit(limit)
-    published = list(reversed(session.execute(query).tuples().all()))
+    published = list(reversed(session.execute(query).all()))
     if not published:
         return []
     first = published[0][0].round
@@ -133,13 +133,13 @@ def _row(
 def _nodes(session: Session) -> list[dict[str, Any]]:
     now = time.time()
     by_node = select(ContributionRecord.node_id, func.count()).group_by(ContributionRecord.node_id)
-    counts: dict[str, int] = dict(session.execute(by_node).tuples().all())
+    counts: dict[str, int] = dict(session.execute(by_node).all())
     out = []
     rows = session.execute(
         select(Node, NodeState)
         .outerjoin(NodeState, NodeState.node_id == Node.node_id)
         .order_by(Node.enrolled_unix)
-    ).tuples()
+    )
     for node, state in rows:
         said: dict[str, Any] = json.loads(state.report) if state is not None else {}
         seen = state.seen_unix if state is not None else None

@@ -21,7 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from talkoot.protocol.errors import StateError, TalkootError, UnavailableError
+from talkoot.protocol.files import write_atomic
 from talkoot.server.app import STATE_VARIABLE
 from talkoot.server.book import Book
 from talkoot.server.coordinator import Coordinator
@@ -31,6 +34,7 @@ from talkoot.server.flower import (
     superlink_command,
     superlink_environment,
 )
+from talkoot.server.room import free_bytes, shortage
 from talkoot.server.setup import issue_server_certificate
 
 log = logging.getLogger(__name__)
@@ -58,7 +62,8 @@ class Part:
     due: float = 0.0
 
     def start(self) -> None:
-        """Start the process; its output goes to its log."""
+        """Start the process; its output goes to its log. Raises ``OSError``."""
+        self.started = time.monotonic()
         with self.log_path.open("ab") as out:
             self.process = subprocess.Popen(
                 self.command,
@@ -68,7 +73,6 @@ class Part:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is the supervisor's to handle
             )
-        self.started = time.monotonic()
 
     def died(self) -> bool:
         """Whether the process has ended."""
@@ -152,6 +156,7 @@ class Supervisor:
         self._flower_run: int | None = None
         self._check_run = 0.0
         self._announced = False
+        self._disk_full = False
 
     def stop(self) -> None:
         """Ask :meth:`run` to end."""
@@ -180,11 +185,24 @@ class Supervisor:
                 if part.name == "superlink":
                     self._flower_run = None
             if part.process is None and now >= part.due:
-                part.start()
+                try:
+                    part.start()
+                except OSError as err:  # a full disk or process table: it may pass
+                    pause = part.schedule(now)
+                    self._say(f"{part.name} cannot be started ({err}); again in {pause:.1f} s.")
                 self._write_pids()
         if now >= self._check_run:
             self._check_run = now + RUN_CHECK_SECONDS
+            self._watch_disk()
             self._keep_submitted()
+
+    def _watch_disk(self) -> None:
+        """Say once that the disk is full, and once that it is not any more."""
+        root = self._c.state.root
+        told = shortage(root, free_bytes(root), self._c.spec.parameters)
+        if (told is not None) != self._disk_full:
+            self._disk_full = told is not None
+            self._say(told or f"There is room again on the disk that holds {root}.")
 
     def _keep_submitted(self) -> None:
         """Make sure that Flower runs our ServerApp while there are rounds to do."""
@@ -207,20 +225,37 @@ class Supervisor:
                     if status != "finished":
                         self._control.stop_run(run_id)
             elif runs.get(self._flower_run, ("finished",))[0] != "finished":
-                return
+                if not self._round_loop_died():
+                    return
+                self._control.stop_run(self._flower_run)  # Flower would notice in a minute
+                runs[self._flower_run] = ("finished", "killed", "or crashed")
             if self._book.finished():
                 return
             if self._flower_run is not None:
                 _, sub_status, details = runs.get(self._flower_run, ("", "unknown", ""))
                 self._say(f"The round loop ended ({sub_status} {details}); submitting it again.")
+            self._c.state.round_loop_pid.unlink(missing_ok=True)
             self._flower_run = self._control.start_run()
         except TalkootError as err:
             log.warning("the round loop could not be submitted: %s", err.sentence)
 
+    def _round_loop_died(self) -> bool:
+        """Whether the process that the round loop ran in is gone."""
+        try:
+            pid = int(self._c.state.round_loop_pid.read_text("ascii"))
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except (OSError, ValueError):
+            return False  # it is starting, or could not say who it is
+        except psutil.NoSuchProcess:
+            return True
+
     def _write_pids(self) -> None:
         lines = [f"supervisor {os.getpid()}"]
         lines += [f"{p.name} {p.process.pid}" for p in self._parts if p.process is not None]
-        (self._c.state.run / "pids").write_text("\n".join(lines) + "\n", encoding="ascii")
+        try:
+            write_atomic(self._c.state.run / "pids", ("\n".join(lines) + "\n").encode("ascii"))
+        except OSError as err:  # read after a crash only, and parts end with their supervisor
+            log.warning("the process ids could not be written: %s", err)
 
     def _stop_parts(self) -> None:
         for part in reversed(self._parts):
@@ -235,6 +270,8 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 _signal_group(part.process, signal.SIGKILL)
                 part.process.wait()
+            # What a part started may be slower than the part itself.
+            _signal_group(part.process, signal.SIGKILL)
         (self._c.state.run / "pids").unlink(missing_ok=True)
 
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from talkoot.protocol.console import format_count
+from talkoot.protocol.refusals import printable
 
 _STATUS_STYLES = {"admitted": "green", "banned": "red", "refused": "red", "pending": "yellow"}
 
@@ -42,7 +44,8 @@ def print_status(document: dict[str, Any]) -> None:
     print_nodes(document["nodes"])
     print_rounds(document["history"])
     for event in document["events"][-8:]:
-        console.print(f"[dim]{_ago(event['unix']):>12}[/dim]  {event['sentence']}", highlight=False)
+        told = escape(printable(event["sentence"]))
+        console.print(f"[dim]{_ago(event['unix']):>12}[/dim]  {told}", highlight=False)
 
 
 def print_nodes(nodes: Sequence[dict[str, Any]]) -> None:
@@ -51,12 +54,16 @@ def print_nodes(nodes: Sequence[dict[str, Any]]) -> None:
     if not nodes:
         console.print("No nodes yet: make an invite with 'talkoot-coordinator invite'.")
         return
-    table = Table("node", "name", "status", "state", "seen", "given", "tokens/s", "up", "down")
+    table = Table(box=None)
+    table.add_column("node", no_wrap=True)
+    table.add_column("name", overflow="fold")
+    for title in ("status", "state", "seen", "given", "tokens/s", "up", "down"):
+        table.add_column(title)
     for node in nodes:
         style = _STATUS_STYLES.get(node["status"], "")
         table.add_row(
             node["node_id"],
-            node["name"],
+            escape(printable(node["name"])),  # a stranger chose it
             f"[{style}]{node['status']}[/]" if style else node["status"],
             node["state"] or "—",
             _ago(node["last_seen_unix"]),
@@ -74,7 +81,8 @@ def print_rounds(history: Sequence[dict[str, Any]]) -> None:
     if not history:
         console.print("No round is published yet.")
         return
-    table = Table("round", "loss", "tokens", "nodes", "up", "update", "seconds", "why it closed")
+    table = Table("round", "loss", "tokens", "nodes", "up", "update", "seconds", box=None)
+    table.add_column("why it closed", overflow="fold")
     for row in history:
         table.add_row(
             str(row["round"]),
@@ -84,6 +92,6 @@ def print_rounds(history: Sequence[dict[str, Any]]) -> None:
             format_count(row["bytes_up"]) + "B",
             format_count(row["update_bytes"] or 0) + "B",
             f"{row['seconds']:.1f}",
-            row["reason"],
+            escape(row["reason"]),
         )
     console.print(table)

@@ -222,7 +222,7 @@ def _kill_a_volunteer(
     restarts = _node(status, name)["restarts"]
     when = run.clock()
     network.kill_node(name)
-    view.say(f"{name} was killed with SIGKILL, trainer and all; it comes back in a moment.")
+    view.say(f"{name} was killed with SIGKILL, trainer and all; it is started again in a moment.")
     _wait(DOWN_SECONDS, network, view)
     killed = time.monotonic() - (run.clock() - when)
     network.rejoin(name)

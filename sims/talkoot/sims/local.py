@@ -65,7 +65,8 @@ class Command:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                list(self.arguments),
+                # On a leash: it ends with us, even if we are killed.
+                [sys.executable, "-m", "talkoot.server.leash", *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -94,11 +95,13 @@ class Command:
         except subprocess.TimeoutExpired:
             self.kill()
 
+    def said(self) -> str:
+        """Its whole log, of all its starts."""
+        return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
+
     def tail(self, lines: int = 12) -> str:
         """The end of its log."""
-        if not self.log.exists():
-            return ""
-        return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-lines:])
+        return "\n".join(self.said().splitlines()[-lines:])
 
 
 @dataclass
@@ -121,13 +124,11 @@ class LocalNetwork:
         """A volunteer's home."""
         return self.root / "volunteers" / name
 
-    def run(self, *arguments: str, timeout_seconds: float = 600.0) -> str:
-        """Run a short command to its end and return its output.
-
-        Raises:
-            StateError: it ended with an error; the sentence is its own.
-        """
-        done = subprocess.run(
+    def attempt(
+        self, *arguments: str, timeout_seconds: float = 600.0
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a short command to its end, however it ends."""
+        return subprocess.run(
             [str(BIN / arguments[0]), *arguments[1:]],
             capture_output=True,
             text=True,
@@ -135,6 +136,14 @@ class LocalNetwork:
             timeout=timeout_seconds,
             check=False,
         )
+
+    def run(self, *arguments: str, timeout_seconds: float = 600.0) -> str:
+        """Run a short command to its end and return its output.
+
+        Raises:
+            StateError: it ended with an error; the sentence is its own.
+        """
+        done = self.attempt(*arguments, timeout_seconds=timeout_seconds)
         if done.returncode != 0:
             words = (done.stderr or done.stdout).strip().splitlines()
             said = words[-1] if words else f"exit status {done.returncode}"
@@ -253,10 +262,10 @@ class LocalNetwork:
                 )
             time.sleep(POLL_SECONDS)
 
-    def tails(self) -> str:
+    def tails(self, lines: int = 12) -> str:
         """The ends of all logs, for an error message."""
         commands = [c for c in (self.coordinator, *self.nodes.values()) if c is not None]
-        return "\n".join(f"--- {c.name}\n{c.tail()}" for c in commands)
+        return "\n".join(f"--- {c.name}\n{c.tail(lines)}" for c in commands)
 
     def kill_node(self, name: str) -> None:
         """SIGKILL a volunteer with its trainer."""

@@ -97,7 +97,7 @@ class Ledger:
         from alembic.runtime.migration import MigrationContext
 
         try:
-            with self._engine.connect() as connection:
+            with self._engine.connect().execution_options(talkoot_write=False) as connection:
                 return MigrationContext.configure(connection).get_current_revision()
         except DBAPIError as err:
             raise _explain(err) from err
@@ -139,9 +139,10 @@ def _begin_sqlite(connection: Any) -> None:
 
 def _explain(err: DBAPIError) -> StateError | CapacityError:
     text = str(err.orig)
-    if "full" in text:
+    # What SQLite calls an I/O error is mostly a full disk, too: its shared memory cannot grow.
+    if "full" in text or "disk I/O" in text:
         return CapacityError(
-            "The disk that holds the ledger is full: free some space; nothing that was "
+            f"The disk that holds the ledger is full ({text}): free some space; nothing that was "
             "acknowledged is lost.",
             code="disk-full",
         )

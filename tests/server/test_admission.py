@@ -1,0 +1,143 @@
+"""Admission as a function: what a node has and proved, against what a replica needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from talkoot.protocol.memory import MemoryPlan
+from talkoot.protocol.messages import Capability, Proof
+from talkoot.server.admission import AdmissionPolicy, judge_capability, judge_proof
+
+GIB = 2**30
+POLICY = AdmissionPolicy(memory_margin=1.25, loss_tolerance=0.02, manual_approval=False)
+NEEDS = MemoryPlan(device_bytes=8 * GIB, host_bytes=2 * GIB, disk_bytes=20 * GIB, breakdown={})
+NONCE = "0123456789abcdef" * 2
+
+
+def capability(
+    device: str = "cuda",
+    *,
+    free: int = 24 * GIB,
+    total: int = 24 * GIB,
+    host_free: int = 16 * GIB,
+    disk_free: int = 100 * GIB,
+) -> Capability:
+    return Capability(
+        device=device,
+        device_name="Card 9000",
+        device_total_bytes=total,
+        device_free_bytes=free,
+        host_total_bytes=32 * GIB,
+        host_free_bytes=host_free,
+        disk_free_bytes=disk_free,
+        cpu_count=8,
+        torch_version="2",
+        talkoot_version="0",
+    )
+
+
+def proof(
+    loss: float = 5.0, *, nonce: str = NONCE, peak: int = 9 * GIB, free: int = 24 * GIB
+) -> Proof:
+    return Proof(
+        run_id="run",
+        node_id="0123456789abcdef",
+        nonce=nonce,
+        recipe="fp32-adamw",
+        steps=2,
+        loss=loss,
+        peak_bytes=peak,
+        predicted_bytes=8 * GIB,
+        tokens_per_second=1234.0,
+        capability=capability(free=free),
+    )
+
+
+def test_a_device_with_room_for_replica_and_margin_is_enough() -> None:
+    assert judge_capability(POLICY, capability(free=10 * GIB), NEEDS).accepted
+
+
+def test_one_byte_below_the_margin_is_too_little_and_the_sentence_has_the_numbers() -> None:
+    verdict = judge_capability(POLICY, capability(free=10 * GIB - 1), NEEDS)
+    assert (verdict.accepted, verdict.code) == (False, "too-little-memory")
+    for part in ("needs 10 GiB", "8 GiB", "1.25", "Card 9000", "24 GiB", "--max-memory"):
+        assert part in verdict.sentence
+
+
+def test_a_processor_must_hold_the_device_share_and_the_host_share_together() -> None:
+    assert not judge_capability(POLICY, capability("cpu", free=12 * GIB), NEEDS).accepted
+    assert judge_capability(POLICY, capability("cpu", free=13 * GIB), NEEDS).accepted
+
+
+def test_a_device_of_its_own_does_not_replace_host_memory() -> None:
+    verdict = judge_capability(POLICY, capability(host_free=2 * GIB - 1), NEEDS)
+    assert verdict.code == "too-little-host-memory"
+    assert "2 GiB of host memory" in verdict.sentence
+
+
+def test_a_full_disk_is_named_with_the_way_out() -> None:
+    verdict = judge_capability(POLICY, capability(disk_free=19 * GIB), NEEDS)
+    assert verdict.code == "too-little-disk"
+    assert "--home" in verdict.sentence
+
+
+rooms = st.integers(0, 40 * GIB)
+
+
+@given(rooms, rooms, rooms, st.integers(0, 8 * GIB), st.sampled_from(["cpu", "cuda"]))
+def test_more_room_never_turns_a_yes_into_a_no(
+    device: int, host: int, disk: int, more: int, kind: str
+) -> None:
+    def judged(extra: int) -> bool:
+        has = capability(kind, free=device + extra, host_free=host + extra, disk_free=disk + extra)
+        return judge_capability(POLICY, has, NEEDS).accepted
+
+    assert judged(more) or not judged(0)
+
+
+def test_a_good_proof_admits_and_says_what_was_measured() -> None:
+    verdict = judge_proof(POLICY, proof(5.05), NEEDS, nonce=NONCE, expected_loss=5.0)
+    assert (verdict.accepted, verdict.code) == (True, "admitted")
+    assert "1,234 tokens/s" in verdict.sentence
+    assert "9 GiB at peak" in verdict.sentence
+
+
+@pytest.mark.parametrize("challenge", [None, "f" * 32])
+def test_a_proof_without_its_open_challenge_is_stale(challenge: str | None) -> None:
+    verdict = judge_proof(POLICY, proof(), NEEDS, nonce=challenge, expected_loss=5.0)
+    assert (verdict.accepted, verdict.code) == (False, "stale-proof")
+
+
+def test_room_that_has_gone_since_enrolment_is_found_at_the_proof() -> None:
+    verdict = judge_proof(POLICY, proof(free=GIB), NEEDS, nonce=NONCE, expected_loss=5.0)
+    assert verdict.code == "too-little-memory"
+
+
+def test_steps_that_took_more_than_the_volunteer_allows_do_not_admit() -> None:
+    verdict = judge_proof(POLICY, proof(peak=25 * GIB), NEEDS, nonce=NONCE, expected_loss=5.0)
+    assert verdict.code == "over-the-cap"
+
+
+@given(st.floats(0.01, 20), st.floats(-1, 1))
+def test_a_loss_admits_exactly_within_the_tolerance(expected: float, off: float) -> None:
+    claimed = expected * (1 + off)
+    verdict = judge_proof(POLICY, proof(claimed), NEEDS, nonce=NONCE, expected_loss=expected)
+    difference = abs(claimed - expected) / expected
+    assert verdict.accepted == (difference <= POLICY.loss_tolerance)
+    assert verdict.code == ("admitted" if verdict.accepted else "wrong-loss")
+
+
+def test_a_model_too_large_to_recompute_is_admitted_by_its_measurements() -> None:
+    assert judge_proof(POLICY, proof(1e9), NEEDS, nonce=NONCE, expected_loss=None).accepted
+
+
+def test_with_manual_approval_a_good_proof_waits_and_a_bad_one_is_still_refused() -> None:
+    policy = replace(POLICY, manual_approval=True)
+    good = judge_proof(policy, proof(), NEEDS, nonce=NONCE, expected_loss=5.0)
+    bad = judge_proof(policy, proof(), NEEDS, nonce=NONCE, expected_loss=9.0)
+    assert (good.accepted, good.code) == (False, "awaits-approval")
+    assert bad.code == "wrong-loss"

@@ -1,0 +1,317 @@
+"""The ledger: its schema's history, and what several processes may do to it at once."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, func, inspect, select
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateTable
+
+from talkoot.protocol.errors import StateError
+from talkoot.server.ledger import Ledger, LedgerError, database
+from talkoot.server.ledger.schema import (
+    SCHEMA_REVISION,
+    Base,
+    CommittedBlock,
+    Event,
+    LeaseRecord,
+    Node,
+    Round,
+    Run,
+    Version,
+)
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+WRITER = """
+import sys
+from talkoot.server.ledger import Ledger
+from talkoot.server.ledger.schema import Event, Invite
+
+ledger = Ledger(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(int(sys.argv[3])):
+    with ledger.write() as session:
+        # Read, then write: without the lock at the beginning two writers would lose one addition.
+        counter = session.get_one(Invite, 1)
+        counter.uses_left += 1
+        session.add(Event(unix=0.0, kind=sys.argv[2], sentence=str(number)))
+"""
+HOLDER = """
+import sys, time
+from talkoot.server.ledger import Ledger
+from talkoot.server.ledger.schema import Event
+
+ledger = Ledger(sys.argv[1])
+with ledger.write() as session:
+    session.add(Event(unix=0.0, kind="half", sentence="never committed"))
+    session.flush()
+    print("written", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def ledger(path: Path) -> Iterator[Ledger]:
+    with closing(Ledger(Ledger.url_at(path.parent))) as opened:
+        opened.migrate()
+        yield opened
+
+
+def kinds(ledger: Ledger) -> list[str]:
+    with ledger.read() as session:
+        return list(session.scalars(select(Event.kind).order_by(Event.event_id)))
+
+
+def event(kind: str) -> Event:
+    return Event(unix=0.0, kind=kind, sentence="A sentence.")
+
+
+# Migrations ----------------------------------------------------------------------
+
+
+def test_an_empty_database_gets_the_schema_that_the_code_maps(ledger: Ledger, path: Path) -> None:
+    assert ledger.revision() == SCHEMA_REVISION
+    engine = create_engine(ledger.url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, Base.metadata) == []
+    engine.dispose()
+
+
+def test_the_newest_migration_is_the_revision_that_the_code_understands(ledger: Ledger) -> None:
+    script = ScriptDirectory.from_config(ledger._alembic_config())
+    assert script.get_heads() == [SCHEMA_REVISION]
+
+
+def test_migrating_twice_changes_nothing(ledger: Ledger) -> None:
+    with ledger.write() as session:
+        session.add(event("kept"))
+    ledger.migrate()
+    assert kinds(ledger) == ["kept"]
+
+
+def test_a_ledger_of_the_first_schema_is_brought_up_to_date_and_keeps_its_rows(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as raw:
+        raw.executescript((FIXTURES / "ledger-0001.sql").read_text())
+    with closing(Ledger(Ledger.url_at(path.parent))) as ledger:
+        assert ledger.revision() == "0001"
+        ledger.migrate()
+        assert ledger.revision() == SCHEMA_REVISION
+        with ledger.read() as session:
+            assert session.scalars(select(Run.run_id)).one() == "fixture-0001"
+            assert list(session.scalars(select(Version.version))) == [0, 1]
+            assert session.scalars(select(Round.state)).one() == "published"
+            assert session.scalars(select(Node.name)).one() == "anna"
+            assert session.scalars(select(LeaseRecord.state)).one() == "committed"
+            assert session.scalar(select(func.count()).select_from(CommittedBlock)) == 2
+
+
+def test_a_newer_schema_is_refused_and_left_alone(ledger: Ledger, path: Path) -> None:
+    ledger.close()
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute("UPDATE alembic_version SET version_num = '9999'")
+        raw.commit()
+    before = path.read_bytes()
+    with (
+        closing(Ledger(Ledger.url_at(path.parent))) as ledger,
+        pytest.raises(LedgerError, match="9999") as caught,
+    ):
+        ledger.migrate()
+    assert caught.value.code == "newer-schema"
+    assert path.read_bytes() == before
+
+
+def test_a_migration_that_dies_half_way_leaves_the_schema_as_it_was(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migrations = shutil.copytree(Path(database.__file__).parent / "migrations", path.parent / "m")
+    (Path(migrations) / "versions" / "0002_dies.py").write_text(
+        "from alembic import op\n"
+        f"revision, down_revision = '0002', '{SCHEMA_REVISION}'\n"
+        "branch_labels = depends_on = None\n"
+        "def upgrade():\n"
+        "    op.execute('CREATE TABLE half (a INTEGER)')\n"
+        "    raise KeyboardInterrupt\n"
+    )
+    with closing(Ledger(Ledger.url_at(path.parent))) as ledger:
+        ledger.migrate()
+        config = ledger._alembic_config()
+        config.set_main_option("script_location", str(migrations))
+        monkeypatch.setattr(ledger, "_alembic_config", lambda: config)
+        monkeypatch.setattr(database, "SCHEMA_REVISION", "0002")
+        with pytest.raises(KeyboardInterrupt):
+            ledger.migrate()
+        assert ledger.revision() == SCHEMA_REVISION
+        assert "half" not in inspect(create_engine(ledger.url)).get_table_names()
+
+
+def test_two_processes_that_migrate_at_once_both_succeed(path: Path) -> None:
+    code = (
+        "import sys; from talkoot.server.ledger import Ledger;"
+        "ledger = Ledger(sys.argv[1]); sys.stdin.readline(); ledger.migrate()"
+    )
+    url = Ledger.url_at(path.parent)
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, url], stdin=subprocess.PIPE) for _ in range(2)
+    ]
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.close()
+    assert [process.wait() for process in both] == [0, 0]
+    with closing(Ledger(url)) as ledger:
+        assert ledger.revision() == SCHEMA_REVISION
+
+
+def test_every_table_can_be_written_for_postgresql() -> None:
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's stubs
+    for table in Base.metadata.sorted_tables:
+        assert "CREATE TABLE" in str(CreateTable(table).compile(dialect=dialect))
+
+
+# Transactions ----------------------------------------------------------------------
+
+
+def test_a_block_that_fails_leaves_nothing_behind(ledger: Ledger) -> None:
+    def die() -> None:
+        with ledger.write() as session:
+            session.add(event("half"))
+            session.flush()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        die()
+    assert kinds(ledger) == []
+
+
+def test_what_a_read_adds_is_never_written(ledger: Ledger) -> None:
+    with ledger.read() as session:
+        session.add(event("half"))
+        session.flush()
+    assert kinds(ledger) == []
+
+
+def test_a_reader_neither_waits_for_a_writer_nor_sees_its_half(ledger: Ledger) -> None:
+    with ledger.write() as session:
+        session.add(event("half"))
+        session.flush()
+        assert kinds(ledger) == []
+        assert ledger.revision() == SCHEMA_REVISION
+    assert kinds(ledger) == ["half"]
+
+
+def test_a_reader_keeps_its_view_while_a_writer_commits(ledger: Ledger) -> None:
+    with ledger.read() as session:
+        assert list(session.scalars(select(Event.kind))) == []
+        with ledger.write() as other:
+            other.add(event("new"))
+        assert list(session.scalars(select(Event.kind))) == []
+    assert kinds(ledger) == ["new"]
+
+
+def test_two_processes_that_write_at_once_lose_nothing(ledger: Ledger) -> None:
+    from talkoot.server.ledger.schema import Invite
+
+    with ledger.write() as session:
+        session.add(Invite(token_sha256="0", uses_left=0, expires_unix=0.0, created_unix=0.0))
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, ledger.url, name, "50"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for name in ("a", "b")
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write(b"\n")
+        writer.stdin.close()
+    for writer in writers:
+        assert writer.wait() == 0
+        assert writer.stdout is not None
+        writer.stdout.close()
+    written = kinds(ledger)
+    assert (written.count("a"), written.count("b")) == (50, 50)
+    with ledger.read() as session:
+        assert session.get_one(Invite, 1).uses_left == 100
+
+
+def test_a_process_killed_in_a_transaction_leaves_nothing_and_holds_nobody_up(
+    ledger: Ledger,
+) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, ledger.url], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    with holder.stdout:
+        assert holder.stdout.readline() == b"written\n"
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with ledger.write() as session:
+        session.add(event("after"))
+    assert kinds(ledger) == ["after"]
+
+
+def test_a_writer_that_never_gets_its_turn_says_who_holds_it_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
+    with closing(Ledger(Ledger.url_at(path.parent))) as ledger:
+        ledger.migrate()
+        with ledger.write() as first:
+            first.add(event("first"))
+            first.flush()
+            with pytest.raises(LedgerError, match="busy") as caught, ledger.write() as second:
+                second.add(event("second"))
+        assert caught.value.code == "busy"
+        assert kinds(ledger) == ["first"]
+
+
+def test_a_broken_promise_is_refused_by_the_database_itself(ledger: Ledger) -> None:
+    with pytest.raises(LedgerError, match="FOREIGN KEY"), ledger.write() as session:
+        session.add(CommittedBlock(run_id="r", epoch=0, block=0, lease_id="0" * 32))
+
+
+def test_every_connection_survives_a_power_cut_with_its_commits(ledger: Ledger) -> None:
+    with ledger.read() as session:
+        connection = session.connection()
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    with (
+        closing(Ledger(Ledger.url_at(tmp_path / "absent"))) as ledger,
+        pytest.raises(StateError, match="cannot be written") as caught,
+    ):
+        ledger.migrate()
+    assert caught.value.code == "read-only"
+
+
+def test_a_file_that_is_no_database_is_one_sentence(path: Path) -> None:
+    path.write_bytes(b"This is no database. " * 1000)
+    with (
+        closing(Ledger(Ledger.url_at(path.parent))) as ledger,
+        pytest.raises(LedgerError, match="not a database"),
+    ):
+        ledger.migrate()

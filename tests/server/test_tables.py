@@ -1,0 +1,69 @@
+"""What the operator's commands print, when strangers chose some of the words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from talkoot.server.tables import print_nodes, print_status
+
+
+def node(name: str) -> dict[str, Any]:
+    return {
+        "node_id": "0123456789abcdef",
+        "name": name,
+        "status": "admitted",
+        "state": "training",
+        "last_seen_unix": None,
+        "contributions": 3,
+        "tokens_per_second": 1500.0,
+        "bytes_up": 1,
+        "bytes_down": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["[/]", "[red]x[/red]", "[link=https://example.org]x[/link]", "a[b"]
+)
+def test_markup_in_a_nodes_name_is_shown_and_not_obeyed(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    print_nodes([node(name)])
+    assert name in capsys.readouterr().out
+
+
+def test_a_nodes_id_is_whole_on_a_terminal_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    print_nodes([node("a machine with a name of some length, as people like them")])
+    out = capsys.readouterr().out
+    assert "0123456789abcdef" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_markup_and_control_characters_in_an_event_do_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    print_status(
+        {
+            "run_id": "run-1",
+            "phase": "training",
+            "round": 1,
+            "rounds_total": 2,
+            "version": 0,
+            "weights_digest": "0" * 64,
+            "parameters": 1,
+            "tokens_committed": 0,
+            "loss": None,
+            "nodes": [],
+            "history": [],
+            "events": [{"unix": 0.0, "sentence": "[/]\x9b2J enrolled."}],
+        }
+    )
+    out = capsys.readouterr().out
+    assert "[/] 2J enrolled." in out
+    assert "\x9b" not in out
