@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import sys
 from collections.abc import Callable
@@ -42,6 +43,16 @@ def parse_duration(text: str) -> float:
     if match is None or float(match[1]) <= 0:
         raise ConfigError(f"{text!r} is not a duration: write it like 90s, 15m, 12h, 7d or 2w.")
     return float(match[1]) * _UNITS[match[2]]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def format_count(value: float) -> str:

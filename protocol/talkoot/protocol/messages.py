@@ -327,9 +327,7 @@ class Contribution(Message):
 class NodeReport(Message):
     """A node's heartbeat on the data plane: what it is doing now."""
 
-    state: Literal[
-        "idle", "syncing", "proving", "training", "encoding", "pushing", "paused", "leaving"
-    ]
+    state: Literal["idle", "syncing", "proving", "training", "pushing", "paused", "leaving"]
     version: Count | None
     weights_digest: Digest | None
     """Of ``version``, as last computed by the node."""

@@ -7,7 +7,7 @@ of the tensor, so that a reader decodes tensor by tensor and never holds more th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -157,18 +157,11 @@ class PayloadReader:
             self.encoded(name), self._manifest.spec(name).numel, self._spec, device
         )
 
-    def sparse_norms(self) -> dict[str, float]:
-        """The l2 norm of every tensor's update, in manifest order. Decodes the whole payload."""
-        return {name: math.sqrt(tensor.sum_of_squares()) for name, tensor in self._decoded()}
-
-    def _decoded(self) -> Iterator[tuple[str, SparseTensor]]:
-        for name in self.names():
-            yield name, self.decode(name)
-
     def facts(self) -> PayloadFacts:
         """Decode everything once, tensor by tensor."""
         squares, values = 0.0, 0
-        for _, tensor in self._decoded():
+        for name in self.names():
+            tensor = self.decode(name)
             squares += tensor.sum_of_squares()
             values += tensor.values.numel()
         return PayloadFacts(

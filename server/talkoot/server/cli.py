@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from talkoot.protocol.console import parse_duration, run
+from talkoot.protocol.console import is_loopback, parse_duration, run
 
 if TYPE_CHECKING:
     from talkoot.server.coordinator import Coordinator
@@ -95,6 +95,13 @@ def invite(
     coordinator = _open(state)
     made = _registry(coordinator).invite(uses=uses, expires_seconds=parse_duration(expires))
     typer.echo(made.url())
+    network = coordinator.config.network
+    if is_loopback(network.public_host) and not is_loopback(network.bind):
+        typer.echo(
+            f"warning: this invite names {network.public_host}, which only this machine reaches: "
+            f"set network.public_host in {coordinator.state.config} for volunteers elsewhere.",
+            err=True,
+        )
 
 
 @app.command()

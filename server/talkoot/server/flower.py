@@ -164,16 +164,6 @@ class ControlApi:
                 return int(node.node_id)
         return None
 
-    def unregister_node(self, flower_node_id: int) -> None:
-        """Take a key's right away; harmless when it has none."""
-        from flwr.proto.control_pb2 import UnregisterNodeRequest
-
-        try:
-            self._call("UnregisterNode", UnregisterNodeRequest(node_id=flower_node_id))
-        except RefusedError as err:
-            if "not found" not in err.sentence.lower():
-                raise
-
     def start_run(self) -> int:
         """Submit the bundle that names our ServerApp; returns Flower's run id."""
         from flwr.cli.build import build_fab_from_files

@@ -22,7 +22,6 @@ from talkoot.protocol.invite import Invite
 from talkoot.protocol.limits import PROTOCOL_VERSION
 from talkoot.protocol.memory import MemoryPlan
 from talkoot.protocol.messages import (
-    Capability,
     EnrolReply,
     EnrolRequest,
     NodeReport,
@@ -445,11 +444,6 @@ def find_node(nodes: Sequence[Node], wanted: str) -> Node:
             "'talkoot-coordinator nodes list' shows it."
         )
     return hits[0]
-
-
-def capability_of(node: Node) -> Capability:
-    """What a node last measured of itself."""
-    return Capability.model_validate_json(node.capability)
 
 
 def _node(session: Session, node_id: str) -> Node:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-RoundState = Literal["open", "closing", "published"]
 LeaseState = Literal["open", "committed", "released"]
 
 

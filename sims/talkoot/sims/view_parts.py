@@ -34,7 +34,6 @@ _STATE_STYLES = {
     "training": "green",
     "proving": "cyan",
     "syncing": "cyan",
-    "encoding": "blue",
     "pushing": "magenta",
     "paused": "yellow",
     "leaving": "yellow",

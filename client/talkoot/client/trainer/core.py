@@ -18,7 +18,6 @@ import torch
 from talkoot.client.trainer.lease import LeaseJob, Progress, ShouldStop, run_lease
 from talkoot.client.trainer.peak import PeakMeter
 from talkoot.client.trainer.sequences import Sequences
-from talkoot.client.trainer.tensors import load_weights
 from talkoot.client.trainer.workdir import LeaseResult, Published, State, WorkDir
 from talkoot.protocol import limits, memory
 from talkoot.protocol.corpus import CorpusManifest, parse_manifest
@@ -430,15 +429,6 @@ class Trainer:
                 payload.decode(spec.name).add_to_(whole)
                 writer.add(spec.name, whole.reshape(spec.shape))
         return name
-
-    def published_model(self) -> torch.nn.Module:
-        """The model with the published weights loaded: for evaluation and for export."""
-        published = self._opened.work.state.published
-        if published is None:
-            raise StateError("There is no replica yet: sync first.", code="no-replica")
-        model = self._parameters()
-        load_weights(model, self._reader(published))
-        return model
 
 
 def _choose_device(name: str | None) -> torch.device:
