@@ -213,10 +213,12 @@ def test_a_banned_node_is_shut_out_of_both_planes_until_it_is_approved_again(
     network.wait_for("ben's return", lambda s: probe.node_of(s, "ben")["contributions"] > given, 90)
 
 
-def test_one_ctrl_c_keeps_the_work_of_both_commands_and_a_second_ends_the_daemon_at_once(
+def test_a_pause_and_a_ctrl_c_keep_the_lease_and_a_second_ctrl_c_ends_the_daemon_at_once(
     run_network: Callable[..., LocalNetwork],
 ) -> None:
     network = run_network("ada", tokens_per_node=65_536)
+    _pause_in_the_middle_of_adas_lease(network)
+
     held = _middle_of_adas_lease(network)
     _interrupt(network.nodes["ada"])
     kept = probe.checkpoint(network, "ada")
@@ -253,6 +255,21 @@ def _middle_of_adas_lease(network: LocalNetwork) -> dict[str, Any]:
     return probe.until(
         "the middle of a lease", lambda: probe.mid_lease(network, "ada"), network, 120
     )
+
+
+def _pause_in_the_middle_of_adas_lease(network: LocalNetwork) -> None:
+    held = _middle_of_adas_lease(network)
+    home = ("--home", str(network.home("ada")))
+    network.run("talkoot", "pause", *home)
+    paused = network.wait_for(
+        "the pause", lambda s: probe.node_of(s, "ada")["state"] == "paused", 30
+    )
+    seen = probe.node_of(paused, "ada")["last_seen_unix"]
+    network.wait_for(
+        "more reports", lambda s: probe.node_of(s, "ada")["last_seen_unix"] > seen + 3, 30
+    )
+    network.run("talkoot", "resume", *home)
+    assert probe.finished_lease(network, "ada", held)["state"] == "committed"
 
 
 def _interrupt(command: Command) -> None:

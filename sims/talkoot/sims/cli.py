@@ -44,10 +44,13 @@ def demo(
     ] = False,
 ) -> None:
     """A real network of processes on this machine, from invite to exported model, with a report."""
+    from rich.console import Console
+
     from talkoot.sims.demo import DemoOptions, check, run_demo
 
     options = DemoOptions(out.absolute(), nodes, rounds, model, tokens_per_node, kills)
-    data = run_demo(options)
+    # With --json standard output is for the figures alone.
+    data = run_demo(options, Console(stderr=True) if as_json else None)
     if as_json:
         typer.echo(json.dumps(data.to_json(), indent=2))
     else:

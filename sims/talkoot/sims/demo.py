@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from talkoot.protocol.errors import ConfigError, TalkootError
 from talkoot.sims.evaluate import Evaluation, evaluate_in_child
 from talkoot.sims.local import LocalNetwork
@@ -149,15 +151,19 @@ transfer_port = 0
 """
 
 
-def run_demo(options: DemoOptions) -> ReportData:
-    """Run the demo from end to end and leave its report in ``options.out / "report"``."""
+def run_demo(options: DemoOptions, console: Console | None = None) -> ReportData:
+    """Run the demo from end to end and leave its report in ``options.out / "report"``.
+
+    Args:
+        console: where the progress goes; standard output if None.
+    """
     preset = MODELS[options.model](options.out)
     run = _Run()
     names = [f"volunteer-{i + 1}" for i in range(options.nodes)]
     with LocalNetwork(options.out / "network") as network:
         config = network.root / "config.toml"
         config.write_text(config_toml(options, preset), encoding="utf-8")
-        with LiveView(model=options.model, started_unix=run.started_unix) as view:
+        with LiveView(model=options.model, started_unix=run.started_unix, console=console) as view:
             view.say("The operator makes keys, ledger, corpus and the first version …")
             network.init(config)
             network.serve()
