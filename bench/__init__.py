@@ -1,0 +1,1 @@
+"""Measurements that back the figures in the docs: ``python -m bench``, ``make bench``."""
