@@ -143,9 +143,9 @@ def test_a_migration_that_dies_half_way_leaves_the_schema_as_it_was(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     migrations = shutil.copytree(Path(database.__file__).parent / "migrations", path.parent / "m")
-    (Path(migrations) / "versions" / "0002_dies.py").write_text(
+    (Path(migrations) / "versions" / "9000_dies.py").write_text(
         "from alembic import op\n"
-        f"revision, down_revision = '0002', '{SCHEMA_REVISION}'\n"
+        f"revision, down_revision = '9000', '{SCHEMA_REVISION}'\n"
         "branch_labels = depends_on = None\n"
         "def upgrade():\n"
         "    op.execute('CREATE TABLE half (a INTEGER)')\n"
@@ -156,7 +156,7 @@ def test_a_migration_that_dies_half_way_leaves_the_schema_as_it_was(
         config = ledger._alembic_config()
         config.set_main_option("script_location", str(migrations))
         monkeypatch.setattr(ledger, "_alembic_config", lambda: config)
-        monkeypatch.setattr(database, "SCHEMA_REVISION", "0002")
+        monkeypatch.setattr(database, "SCHEMA_REVISION", "9000")
         with pytest.raises(KeyboardInterrupt):
             ledger.migrate()
         assert ledger.revision() == SCHEMA_REVISION

@@ -105,6 +105,14 @@ def test_enrolling_again_after_a_lost_answer_costs_no_second_use(site: Site) -> 
     assert list(site.flower.nodes) == [key.public_pem]
 
 
+def test_a_node_has_the_role_of_the_invite_that_it_came_with(site: Site) -> None:
+    for role in ("volunteer", "validator"):
+        key = NodeKey.generate()
+        invite = site.registry.invite(uses=1, expires_seconds=3600, role=role)
+        site.registry.enrol(site.request(invite.token, key), "127.0.0.1")
+        assert site.node(key.node_id).role == role
+
+
 def test_an_invite_of_one_use_lets_one_node_in_however_many_come_at_once(site: Site) -> None:
     invite = site.registry.invite(uses=1, expires_seconds=3600)
     requests = [site.request(invite.token, NodeKey.generate(), f"n{i}") for i in range(4)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,13 @@ State = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 DEFAULT_STATE = Path("talkoot-state")
+
+
+class Role(StrEnum):
+    """What a node is to the operator."""
+
+    volunteer = "volunteer"
+    validator = "validator"
 
 
 def _open(state: Path) -> Coordinator:
@@ -90,10 +98,15 @@ def invite(
     state: State = DEFAULT_STATE,
     uses: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many nodes.")] = 1,
     expires: Annotated[str, typer.Option(help="How long it is good: 12h, 7d, 2w.")] = "7d",
+    role: Annotated[
+        Role, typer.Option(help="volunteer, or validator: whose word on others' work is trusted.")
+    ] = Role.volunteer,
 ) -> None:
     """Print an invite: one URL that carries address, CA fingerprint and token."""
     coordinator = _open(state)
-    made = _registry(coordinator).invite(uses=uses, expires_seconds=parse_duration(expires))
+    made = _registry(coordinator).invite(
+        uses=uses, expires_seconds=parse_duration(expires), role=role.value
+    )
     typer.echo(made.url())
     network = coordinator.config.network
     if is_loopback(network.public_host) and not is_loopback(network.bind):

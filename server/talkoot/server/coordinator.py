@@ -40,6 +40,8 @@ class Coordinator:
     rounds_total: int
     signed_spec: Signed
     spec: RunSpec
+    generation: int
+    """How often this run was restored, in effect: it stands in everything that is signed."""
 
     @classmethod
     def open(cls, root: Path) -> Coordinator:
@@ -69,6 +71,7 @@ class Coordinator:
             rounds_total=run.rounds_total,
             signed_spec=signed,
             spec=parse(RunSpec, signed.body.encode("ascii")),
+            generation=run.generation,
         )
 
     @cached_property

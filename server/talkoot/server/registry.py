@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Role = Literal["volunteer", "validator"]
 NodeStatus = Literal["pending", "proving", "admitted", "refused", "banned"]
 
 CERTIFICATE_DAYS = 365
@@ -86,8 +87,8 @@ class Registry:
 
     # Invites --------------------------------------------------------------------------------------
 
-    def invite(self, *, uses: int, expires_seconds: float) -> Invite:
-        """A new invite; only a hash of its token is kept."""
+    def invite(self, *, uses: int, expires_seconds: float, role: Role = "volunteer") -> Invite:
+        """A new invite; only a hash of its token is kept. ``role`` is that of who comes with it."""
         network = self.coordinator.config.network
         token = secrets.token_urlsafe(24)
         ca = CertificateAuthority.load(self.coordinator.state.ca)
@@ -99,6 +100,7 @@ class Registry:
                     uses_left=uses,
                     expires_unix=now + expires_seconds,
                     created_unix=now,
+                    role=role,
                 )
             )
         return Invite(
@@ -150,6 +152,7 @@ class Registry:
                         sentence="Enrolled; has to prove that it can hold a replica.",
                         capability=canonical_bytes(request.capability).decode("ascii"),
                         invite_id=invite.invite_id,
+                        role=invite.role,
                         enrolled_unix=now,
                         tokens_per_second=0.0,
                         nonce=None,

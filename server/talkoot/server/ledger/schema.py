@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """The newest Alembic revision that this code understands."""
 
 
@@ -39,6 +39,8 @@ class Run(Base):
     rounds_total: Mapped[int]
     created_unix: Mapped[float]
     finished_unix: Mapped[float | None]
+    generation: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Raised when the ledger was restored from a backup: only then may a run go back."""
 
 
 class Invite(Base):
@@ -50,6 +52,27 @@ class Invite(Base):
     uses_left: Mapped[int]
     expires_unix: Mapped[float]
     created_unix: Mapped[float]
+    role: Mapped[str] = mapped_column(String(16), default="volunteer", server_default="volunteer")
+    """Of the nodes that come with it."""
+    revoked_unix: Mapped[float | None] = mapped_column(default=None)
+
+
+class Applicant(Base):
+    """A node that asked to be let in without an invite. States: waiting, approved, refused."""
+
+    __tablename__ = "applicants"
+    node_id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    name: Mapped[str]
+    capability: Mapped[str]
+    address: Mapped[str]
+    """Where it asked from, for the operator to judge by; forgotten once it was decided."""
+    state: Mapped[str] = mapped_column(String(16))
+    sentence: Mapped[str]
+    role: Mapped[str] = mapped_column(String(16))
+    """Given when it is approved."""
+    applied_unix: Mapped[float]
+    seen_unix: Mapped[float]
+    """When it last asked: one that does not come back is forgotten."""
 
 
 class Node(Base):
@@ -73,6 +96,10 @@ class Node(Base):
     tokens_per_second: Mapped[float]
     nonce: Mapped[str | None] = mapped_column(String(32))
     """The open challenge."""
+    role: Mapped[str] = mapped_column(String(16), default="volunteer", server_default="volunteer")
+    """volunteer, or validator: a node whose word on others' work the operator trusts."""
+    certified_until_unix: Mapped[float | None] = mapped_column(default=None)
+    """When its newest certificate ends."""
 
 
 class NodeState(Base):
