@@ -12,7 +12,7 @@ from torch import Tensor
 from talkoot.client.trainer.core import Trainer
 from talkoot.client.trainer.sequences import Sequences
 from talkoot.protocol.messages import CodecSpec, InnerSpec
-from talkoot.protocol.model import build_model, named_trainable, parse_config
+from talkoot.protocol.model import build_model, parse_config
 from talkoot.protocol.payload import verify_payload
 from talkoot.protocol.weights import WeightsReader
 from talkoot.server.aggregate import ContributionInput, VersionDir, aggregate_round, initial_state
@@ -45,8 +45,8 @@ def network(run: RunFiles, root: Path) -> Iterator[tuple[dict[str, Tensor], dict
         )
         result = trainer.train(task, blocks)
         assert result["steps"] == 1
-        assert trainer._model is not None
-        local = {name: p.detach().clone() for name, p in named_trainable(trainer._model)}
+        assert trainer._replica is not None
+        local = {name: p.clone() for name, p in trainer._replica.weights()}
         path = Path(result["payload_path"])
         facts = verify_payload(path, run.manifest, DENSE)
         closed = aggregate_round(

@@ -22,7 +22,6 @@ from talkoot.protocol.errors import (
     UnavailableError,
 )
 from talkoot.protocol.messages import CodecSpec, InnerSpec, RoundTask
-from talkoot.protocol.model import named_trainable
 from talkoot.protocol.payload import PayloadReader
 from talkoot.protocol.proof import proof_loss
 from talkoot.protocol.weights import WeightsReader, apply_update
@@ -216,8 +215,8 @@ def test_what_is_sent_and_what_is_kept_add_up_to_the_pseudo_gradient(
     trainer = synced(run, tmp_path / "work")
     task, blocks = run.task(range(4))
     result = trainer.train(task, blocks)
-    assert trainer._model is not None
-    local = {name: p.detach().clone() for name, p in named_trainable(trainer._model)}
+    assert trainer._replica is not None
+    local = {name: p.clone() for name, p in trainer._replica.weights()}
     base = WeightsReader(run.weights, run.manifest)
     payload = PayloadReader(Path(result["payload_path"]), run.manifest, run.spec.uplink)
     kept = feedback_of(trainer, run)
@@ -230,7 +229,7 @@ def test_what_is_sent_and_what_is_kept_add_up_to_the_pseudo_gradient(
     result = trainer.train(second, more)
     payload = PayloadReader(Path(result["payload_path"]), run.manifest, run.spec.uplink)
     kept_now = feedback_of(trainer, run)
-    for name, parameter in named_trainable(trainer._model):
+    for name, parameter in trainer._replica.weights():
         sent = payload.decode(name).to_dense(parameter.numel()).reshape(parameter.shape)
         carried = run.spec.feedback_decay * kept[name]
         torch.testing.assert_close(
@@ -248,9 +247,9 @@ def test_a_refused_contribution_goes_back_into_the_feedback(
     trainer = synced(run, tmp_path / "work")
     task, blocks = run.task(range(4))
     result = trainer.train(task, blocks)
-    assert trainer._model is not None
+    assert trainer._replica is not None
     base = WeightsReader(run.weights, run.manifest)
-    expected = {name: base.get(name) - p.detach() for name, p in named_trainable(trainer._model)}
+    expected = {name: base.get(name) - p for name, p in trainer._replica.weights()}
     other, other_blocks = run.task(range(4, 6))
     with pytest.raises(StateError) as unsettled:
         trainer.train(other, other_blocks)

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from talkoot.protocol.errors import ConfigError
-from talkoot.protocol.inner import make_optimizer, train_step
 from talkoot.protocol.limits import GIB
 from talkoot.protocol.memory import format_size, parse_size, predict
 from talkoot.protocol.messages import InnerSpec
 from talkoot.protocol.model import build_model, count_parameters, preset
+from talkoot.protocol.recipes import get
+from talkoot.protocol.replica import build_replica
 
 
 def measured_peak(config: dict[str, Any], sequence_length: int, micro_batch: int) -> int:
@@ -21,10 +22,10 @@ def measured_peak(config: dict[str, Any], sequence_length: int, micro_batch: int
     torch.set_num_threads(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         model = build_model(config, seed=1, device="cpu")
-        optimizer = make_optimizer(model, InnerSpec())
+        replica = build_replica(model, get("fp32-adamw"), InnerSpec())
         for _ in range(2):
             ids = torch.randint(0, 256, (micro_batch, sequence_length))
-            train_step(model, optimizer, ids, learning_rate=1e-3, clip_norm=1.0)
+            replica.step(ids, 1e-3)
     results = prof.profiler.kineto_results
     events = [event for event in results.events() if event.name() == "[memory]"]
     held = peak = 0

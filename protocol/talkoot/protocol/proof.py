@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from talkoot.protocol.errors import ProtocolError
 from talkoot.protocol.messages import InnerSpec
+from talkoot.protocol.recipes import Recipe, get
 from talkoot.protocol.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -66,12 +67,13 @@ def proof_steps(
     micro_batch: int,
     inner: InnerSpec,
     steps: int,
+    recipe: Recipe | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[float]:
     """Train from the nonce's weights on the nonce's tokens and yield the loss of each step.
 
-    The recipe is "fp32-adamw" at full sequence and micro-batch, with the run's inner optimizer at
-    the schedule's peak rate (no warm-up), so that the moments are allocated and used.
+    ``recipe`` (None is "fp32-adamw") at full sequence and micro-batch, with the run's inner
+    optimizer at the schedule's peak rate (no warm-up), so that the moments are allocated and used.
 
     Raises:
         ProtocolError: the config is refused, or the proof is over its caps.
@@ -79,8 +81,8 @@ def proof_steps(
     """
     import torch
 
-    from talkoot.protocol.inner import make_optimizer, train_step
     from talkoot.protocol.model import build_model
+    from talkoot.protocol.replica import DTYPES, build_replica
 
     tokens = proof_tokens(
         nonce,
@@ -89,12 +91,12 @@ def proof_steps(
         sequence_length=sequence_length,
         vocabulary=int(config["vocab_size"]),
     )
-    model = build_model(config, seed=proof_seed(nonce), device=device)
-    optimizer = make_optimizer(model, inner)
+    chosen = get("fp32-adamw") if recipe is None else recipe
+    model = build_model(config, seed=proof_seed(nonce), device=device, dtype=DTYPES[chosen.weights])
+    replica = build_replica(model, chosen, inner)
     rate = learning_rate(inner, inner.warmup_tokens)
     for batch in tokens:
-        ids = torch.from_numpy(batch).to(device)
-        yield train_step(model, optimizer, ids, learning_rate=rate, clip_norm=inner.clip_norm)
+        yield replica.step(torch.from_numpy(batch).to(device), rate)
 
 
 def proof_loss(
@@ -105,6 +107,7 @@ def proof_loss(
     micro_batch: int,
     inner: InnerSpec,
     steps: int = 2,
+    recipe: Recipe | None = None,
     device: torch.device | str = "cpu",
 ) -> float:
     """Mean loss of :func:`proof_steps`, in nats per token: what ``Proof.loss`` must be near."""
@@ -116,6 +119,7 @@ def proof_loss(
             micro_batch=micro_batch,
             inner=inner,
             steps=steps,
+            recipe=recipe,
             device=device,
         )
     )

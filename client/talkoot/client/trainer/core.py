@@ -1,6 +1,6 @@
 """The trainer's operations. A torch module; ``__main__`` serves it to the daemon, tests call it.
 
-Between operations the replica is on disk; memory holds at most the model's parameters.
+Between operations the replica is on disk; what memory holds is loaded anew for each lease.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.model import build_model, named_trainable, parse_config
 from talkoot.protocol.payload import PayloadReader
 from talkoot.protocol.proof import proof_steps
+from talkoot.protocol.recipes import Recipe, get
+from talkoot.protocol.replica import DTYPES, Replica, build_replica
 from talkoot.protocol.weights import WeightsReader, WeightsWriter, apply_update, save_weights
 
 DIFFERS: Final = "replica-differs"
@@ -67,19 +69,26 @@ class Trainer:
     Args:
         root: the work directory; one process at a time (``__main__`` holds its lock).
         device: a torch device name; ``None`` takes the accelerator if one works, else the CPU.
+        recipe: how the replica is held; the name of one of ``recipes.RECIPES``.
         checkpoint_seconds: time between checkpoints of a lease; 0 is one a step.
 
     All operations return JSON-ready dictionaries and raise :class:`TalkootError`.
     """
 
     def __init__(
-        self, root: Path, device: str | None = None, *, checkpoint_seconds: float = 10.0
+        self,
+        root: Path,
+        device: str | None = None,
+        *,
+        recipe: str = "fp32-adamw",
+        checkpoint_seconds: float = 10.0,
     ) -> None:
         self._root = root
         self._device = _choose_device(device)
         self._checkpoint_seconds = checkpoint_seconds
+        self._recipe: Recipe = get(recipe)
         self._run: _Run | None = None
-        self._model: torch.nn.Module | None = None
+        self._replica: Replica | None = None
 
     def open(
         self,
@@ -114,7 +123,7 @@ class Trainer:
                 code="manifest-mismatch",
             )
         work = WorkDir(self._root, spec.run_id, spec.manifest.digest)
-        self._model = None
+        self._drop_replica()
         self._run = _Run(spec, config, manifest, corpus, work)
         return {"parameters": manifest.parameters}
 
@@ -161,7 +170,7 @@ class Trainer:
         """
         run = self._opened
         spec = run.spec
-        self._model = None  # the proof's model takes its place in memory
+        self._drop_replica()  # the proof's model takes its place in memory
         losses: list[float] = []
         times = [time.monotonic()]
         with PeakMeter(self._device) as meter:
@@ -172,6 +181,7 @@ class Trainer:
                 micro_batch=spec.micro_batch,
                 inner=spec.inner,
                 steps=steps,
+                recipe=self._recipe,
                 device=self._device,
             ):
                 losses.append(loss)
@@ -193,7 +203,7 @@ class Trainer:
             "peak_bytes": meter.peak_bytes,
             "predicted_bytes": plan.device_bytes,
             "tokens_per_second": tokens / max(times[-1] - times[-1 - timed], 1e-9),
-            "recipe": memory.RECIPE,
+            "recipe": self._recipe.name,
         }
 
     def sync(
@@ -361,7 +371,7 @@ class Trainer:
             spec=run.spec,
             manifest=run.manifest,
             work=run.work,
-            model=self._parameters(),
+            replica=self._built(),
             base=base,
             task=task,
             sequences=Sequences(run.spec, run.corpus, task.lease, blocks),
@@ -375,11 +385,20 @@ class Trainer:
                 run.work.sweep()
             raise
 
-    def _parameters(self) -> torch.nn.Module:
-        """The model, its parameters unset."""
-        if self._model is None:
-            self._model = build_model(self._opened.config, seed=None, device=self._device)
-        return self._model
+    def _built(self) -> Replica:
+        """The replica; its weights and state are to be loaded."""
+        if self._replica is None:
+            run = self._opened
+            model = build_model(
+                run.config, seed=None, device=self._device, dtype=DTYPES[self._recipe.weights]
+            )
+            self._replica = build_replica(model, self._recipe, run.spec.inner)
+        return self._replica
+
+    def _drop_replica(self) -> None:
+        if self._replica is not None:
+            self._replica.release()
+            self._replica = None
 
     def _result(self, done: LeaseResult) -> dict[str, Any]:
         path = self._opened.work.payload_path(done.lease_id)

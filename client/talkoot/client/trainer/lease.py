@@ -12,24 +12,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from talkoot.client.trainer.sequences import Sequences
-from talkoot.client.trainer.tensors import (
-    load_moments,
-    load_weights,
-    save_moments,
-    save_parameters,
-)
+from talkoot.client.trainer.tensors import load_tensors, open_tensors, save_tensors
 from talkoot.client.trainer.workdir import Checkpoint, LeaseResult, Moments, Published, WorkDir
 from talkoot.protocol.artifacts import sha256_file
 from talkoot.protocol.codec import EncodedTensor, encode_with_feedback
 from talkoot.protocol.errors import UnavailableError
-from talkoot.protocol.inner import make_optimizer, train_step
 from talkoot.protocol.manifest import Manifest
 from talkoot.protocol.messages import RoundTask, RunSpec
-from talkoot.protocol.model import named_trainable
 from talkoot.protocol.payload import write_payload
+from talkoot.protocol.replica import Replica
 from talkoot.protocol.schedule import learning_rate, lease_position
 from talkoot.protocol.weights import WeightsReader, WeightsWriter
 
@@ -47,7 +39,7 @@ class LeaseJob:
     spec: RunSpec
     manifest: Manifest
     work: WorkDir
-    model: torch.nn.Module
+    replica: Replica
     base: Published
     task: RoundTask
     sequences: Sequences
@@ -94,8 +86,7 @@ class _Progressor:
 
 def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Checkpoint:
     """All inner steps; returns the checkpoint of the last one, which is on disk."""
-    task, sequences, inner = job.task, job.sequences, job.spec.inner
-    optimizer = make_optimizer(job.model, inner)
+    task, sequences, replica = job.task, job.sequences, job.replica
     checkpoint = job.work.checkpoint
     wanted = (task.lease.lease_id, job.base.digest, sequences.steps)
     if checkpoint is not None and wanted != (
@@ -105,13 +96,13 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
     ):
         job.work.drop_checkpoint()  # of a lease that was given up, or of another base
         checkpoint = None
-    weights = job.base.file if checkpoint is None else checkpoint.local
+    if checkpoint is None:
+        replica.load_weights(WeightsReader(job.work.path(job.base.file), job.manifest).get)
+    else:
+        local = job.work.path(checkpoint.local)
+        replica.load_weights(open_tensors(local, replica.weights()))
     moments = job.work.state.moments if checkpoint is None else checkpoint.moments
-    load_weights(job.model, WeightsReader(job.work.path(weights), job.manifest))
-    if moments is not None:
-        path = job.work.path(moments.file)
-        load_moments(job.model, optimizer, path, job.manifest, moments.steps)
-    moment_steps = moments.steps if moments is not None else 0
+    _load_moments(job, moments)
     step, loss_sum, seconds = 0, 0.0, 0.0
     if checkpoint is not None:
         step, loss_sum, seconds = checkpoint.step, checkpoint.loss_sum, checkpoint.training_seconds
@@ -125,15 +116,17 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
             loss_sum=loss_sum,
             training_seconds=seconds,
             local=job.work.fresh("local"),
-            moments=Moments(file=job.work.fresh("moments"), steps=moment_steps),
+            moments=Moments(
+                file=job.work.fresh("moments"), steps=replica.steps, recipe=replica.recipe.name
+            ),
         )
-        save_parameters(job.work.path(saved.local), job.manifest, job.model)
-        save_moments(job.work.path(saved.moments.file), job.manifest, job.model, optimizer)
+        save_tensors(job.work.path(saved.local), replica.weights())
+        save_tensors(job.work.path(saved.moments.file), replica.state())
         job.work.save_checkpoint(saved)
         return saved
 
     progress = _Progressor(job, on_progress, step)
-    device = next(job.model.parameters()).device
+    device = replica.device
     saved_at = time.monotonic()
     while step < sequences.steps:
         if should_stop():
@@ -148,23 +141,29 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
         tokens = sequences.tokens_after(step + 1)
         position = lease_position(task.tokens_before, task.tokens_round, tokens, sequences.tokens)
         began = time.monotonic()
-        loss = train_step(
-            job.model,
-            optimizer,
-            ids,
-            learning_rate=learning_rate(inner, position),
-            clip_norm=inner.clip_norm,
-        )
+        loss = replica.step(ids, learning_rate(job.spec.inner, position))
         now = time.monotonic()
         seconds += now - began
         loss_sum += loss * ids.shape[0]
-        step, moment_steps = step + 1, moment_steps + 1
+        step += 1
         if step == sequences.steps or now - saved_at >= job.checkpoint_seconds:
             checkpoint = save()
             saved_at = time.monotonic()
         progress.after(step, loss)
     assert checkpoint is not None
     return checkpoint
+
+
+def _load_moments(job: LeaseJob, moments: Moments | None) -> None:
+    """The state from before; zeros when there is none, or when it is another recipe's."""
+    replica = job.replica
+    if moments is not None and moments.recipe == replica.recipe.name:
+        load_tensors(job.work.path(moments.file), replica.state())
+        replica.steps = moments.steps
+        return
+    for _, tensor in replica.state():
+        tensor.zero_()
+    replica.steps = 0
 
 
 def _encode(job: LeaseJob, checkpoint: Checkpoint) -> LeaseResult:
@@ -186,9 +185,10 @@ def _encode(job: LeaseJob, checkpoint: Checkpoint) -> LeaseResult:
     with WeightsWriter(work.path(feedback), job.manifest.as_float32()) as writer:
 
         def encoded() -> Iterator[tuple[str, EncodedTensor]]:
-            for name, parameter in named_trainable(job.model):
-                device = parameter.device
-                delta = published.get(name).to(device) - parameter.detach()
+            for name, weight in job.replica.weights():
+                device = weight.device
+                loaded = job.replica.as_loaded(published.get(name).to(device))
+                delta = loaded.float() - weight.float()
                 carried = before.get(name).to(device) if before is not None else None
                 sent, kept = encode_with_feedback(
                     delta, carried, job.spec.uplink, job.spec.feedback_decay

@@ -1,74 +1,83 @@
-"""Weights and moments between a model in memory and files, tensor by tensor. A torch module."""
+"""A replica's own tensors (weights as trained, optimizer state) in files. A torch module.
+
+These files never travel. They hold what the recipe has, in its dtypes, as safetensors; they are
+written tensor by tensor, and read back only into a replica that has the same tensors.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from talkoot.protocol.manifest import Manifest, TensorSpec
-from talkoot.protocol.model import named_trainable
-from talkoot.protocol.weights import WeightsReader, WeightsWriter
+from talkoot.protocol.files import atomic_writer, explain_os_error
+from talkoot.protocol.limits import MAX_ARTIFACT
+from talkoot.protocol.manifest import raw_slabs
+from talkoot.protocol.tensorfile import Entry, TensorFile, build_header
 
-_FIRST = "m:"
-_SECOND = "v:"
+_NAMES: Final = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
+Named = Sequence[tuple[str, Tensor]]
 
 
-def moments_manifest(manifest: Manifest) -> Manifest:
-    """Both AdamW moments of every parameter, fp32."""
-    return Manifest(
-        tensors=tuple(
-            TensorSpec(name=prefix + spec.name, shape=spec.shape, dtype="float32")
-            for spec in manifest.tensors
-            for prefix in (_FIRST, _SECOND)
-        )
-    )
+def _entry(name: str, tensor: Tensor) -> Entry:
+    size = tensor.numel() * tensor.element_size()
+    return Entry(name, _NAMES[tensor.dtype], tuple(tensor.shape), size)
+
+
+def save_tensors(path: Path, tensors: Named) -> None:
+    """Write ``tensors``; the file appears whole or not at all.
+
+    Raises :class:`CapacityError` on a full disk.
+    """
+    # Wide elements first, as safetensors does: every tensor is then aligned to its element.
+    ordered = sorted(tensors, key=lambda pair: -pair[1].element_size())
+    try:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(atomic_writer(path))
+            file.write(build_header([_entry(*pair) for pair in ordered], {"format": "pt"}))
+            for _, tensor in ordered:
+                for slab in raw_slabs(tensor):
+                    file.write(slab)
+    except OSError as err:
+        raise explain_os_error(err, "saving the replica", path) from err
+
+
+def open_tensors(path: Path, like: Named) -> Callable[[str], Tensor]:
+    """Check that ``path`` holds tensors like these; returns what reads one by name, on the CPU.
+
+    Raises :class:`ProtocolError` (code ``"state-malformed"``) when it does not, and
+    :class:`StateError` when it cannot be read.
+    """
+    tensors = dict(like)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    positions = {name: position for position, name in enumerate(tensors)}
+    # The cap is only against nonsense: the file is our own.
+    file = TensorFile(path, positions, size_cap=2 * size + MAX_ARTIFACT, code="state-malformed")
+    for position, (name, tensor) in enumerate(tensors.items()):
+        expected = _entry(name, tensor)
+        got = Entry(name, file.dtypes[position], file.shapes[position], file.span(name)[1])
+        if got != expected:
+            raise file.wrong_entry(name, f"is not {expected.dtype} {expected.shape}")
+
+    def get(name: str) -> Tensor:
+        like = tensors[name]
+        return torch.from_numpy(file.read(name)).view(like.dtype).reshape(like.shape)
+
+    return get
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, reader: WeightsReader) -> None:
-    """Fill every parameter of ``model``."""
-    for name, parameter in named_trainable(model):
-        parameter.copy_(reader.get(name))
-
-
-def save_parameters(path: Path, manifest: Manifest, model: torch.nn.Module) -> None:
-    """Write the parameters of ``model``."""
-    with WeightsWriter(path, manifest) as writer:
-        for name, parameter in named_trainable(model):
-            writer.add(name, parameter.detach())
-
-
-def load_moments(
-    model: torch.nn.Module,
-    optimizer: torch.optim.AdamW,
-    path: Path,
-    manifest: Manifest,
-    steps: int,
-) -> None:
-    """Give ``optimizer`` the moments in ``path``, after ``steps`` steps.
-
-    Raises :class:`ProtocolError` when the file is not what it must be.
-    """
-    reader = WeightsReader(path, moments_manifest(manifest))
-    fused = bool(optimizer.defaults["fused"])
-    for name, parameter in named_trainable(model):
-        # torch's fused kernels read the step count on the device, the others on the host.
-        where = parameter.device if fused else torch.device("cpu")
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(steps), dtype=torch.float32, device=where),
-            "exp_avg": reader.get(_FIRST + name).to(parameter.device),
-            "exp_avg_sq": reader.get(_SECOND + name).to(parameter.device),
-        }
-
-
-def save_moments(
-    path: Path, manifest: Manifest, model: torch.nn.Module, optimizer: torch.optim.AdamW
-) -> None:
-    """Write the moments of ``optimizer``, which has made at least one step."""
-    with WeightsWriter(path, moments_manifest(manifest)) as writer:
-        for name, parameter in named_trainable(model):
-            state: dict[str, Tensor] = optimizer.state[parameter]
-            writer.add(_FIRST + name, state["exp_avg"])
-            writer.add(_SECOND + name, state["exp_avg_sq"])
+def load_tensors(path: Path, into: Named) -> None:
+    """Copy the file's tensors into ``into``. Raises as :func:`open_tensors` does."""
+    get = open_tensors(path, into)
+    for name, tensor in into:
+        tensor.copy_(get(name))

@@ -54,6 +54,8 @@ class Moments(Message):
 
     file: FileName
     steps: Count
+    recipe: Annotated[str, Field(max_length=64)] = "fp32-adamw"
+    """Whose state it is."""
 
 
 class LeaseResult(Message):
