@@ -21,6 +21,7 @@ from talkoot.client.home import Counters, Home
 from talkoot.client.pace import Meter, TransferOptions
 from talkoot.client.trainer_host import TrainerHost
 from talkoot.client.transfer import TransferClient
+from talkoot.protocol import faults
 from talkoot.protocol.artifacts import ArtifactStore
 from talkoot.protocol.corpus import CorpusManifest, block_digest
 from talkoot.protocol.errors import (
@@ -261,6 +262,7 @@ class Worker:
         finally:
             self.lease_id = None
             self.state = "idle"
+        faults.place("node.after-verdict")
         # First what keeps the lease from being done again: if we die here, the next lease settles
         # this one with the trainer (_settle_earlier).
         self.save_counters(
@@ -269,6 +271,7 @@ class Worker:
             settled_lease=lease.lease_id,
             settled_accepted=verdict.accepted,
         )
+        faults.place("node.before-settle")
         self._settle(lease.lease_id, verdict.accepted)
         if verdict.accepted:
             self._say(f"Round {task.round}: accepted, loss {self.loss or 0.0:.4f}.")
@@ -398,9 +401,11 @@ class Worker:
         self, lease_id: str, payload: ArtifactRef, result: dict[str, Any], signed: Signed
     ) -> Verdict:
         try:
+            faults.place("node.before-push")
             self.transfer.push(
                 lease_id, payload, Path(result["payload_path"]), should_stop=self.should_stop
             )
+            faults.place("node.before-submit")
             return self.transfer.submit(signed)
         except RefusedError as err:
             if err.code == "not-pushed":

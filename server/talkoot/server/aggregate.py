@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from talkoot.protocol import limits
+from talkoot.protocol import faults, limits
 from talkoot.protocol.codec import EncodedTensor, SparseTensor, decode_tensor, encode_tensor
 from talkoot.protocol.errors import ProtocolError
 from talkoot.protocol.files import explain_os_error, fsync_dir
@@ -273,6 +273,7 @@ class _Round:
                 for spec in self._manifest.tensors
             )
             write_payload(self._target.update, self._manifest, self._downlink, items, {})
+            faults.place("aggregate.between-files")
         self.weights_digest = published.weights_digest
 
     def _tensor(
@@ -312,6 +313,7 @@ class _Round:
             new_published = add_sparse(old_published, sent)
         with self._stage("write"):
             published.add(name, new_published)
+        faults.place("aggregate.tensor")
         return encoded
 
     @contextmanager
@@ -335,6 +337,7 @@ def _fresh_directory(out_dir: Path) -> Iterator[Path]:
         raise explain_os_error(err, "starting a new version", partial) from err
     try:
         yield partial
+        faults.place("aggregate.before-rename")
         if out_dir.exists():
             shutil.rmtree(out_dir)
         partial.rename(out_dir)

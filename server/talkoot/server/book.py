@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from talkoot.protocol import faults
 from talkoot.protocol.leases import CommittedBlocks, Member, plan_leases, tokens_wanted
 from talkoot.protocol.limits import MAX_UPDATE_CHAIN
 from talkoot.protocol.messages import (
@@ -241,6 +242,7 @@ class Book:
                         reason="",
                     )
                 )
+            faults.place("open.before-commit")
             return current
 
     def _committed(self, session: Session) -> CommittedBlocks:
@@ -387,6 +389,7 @@ class Book:
                 speed = claim.tokens / max(claim.training_seconds, MIN_TRAINING_SECONDS)
                 old = node.tokens_per_second or speed
                 node.tokens_per_second = (1 - SPEED_MEMORY) * old + SPEED_MEMORY * speed
+            faults.place("accept.in-transaction")
             return Verdict(accepted=True, code="accepted", sentence="Accepted.")
 
     def _contributions(self, session: Session, number: int) -> Sequence[ContributionRecord]:
@@ -495,6 +498,7 @@ class Book:
                 run = session.get_one(Run, self._c.run_id)
                 run.finished_unix = now
                 note(session, "finished", f"The run is finished after {current.round} rounds.")
+            faults.place("publish.in-transaction")
             return version
 
     def finished(self) -> bool:

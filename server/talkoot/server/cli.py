@@ -164,6 +164,23 @@ def export(
     typer.echo(f"Version {made.version} ({made.weights_digest[:12]}) is in {out}")
 
 
+@app.command()
+def verify(
+    state: State = DEFAULT_STATE,
+    as_json: Json = False,
+    shallow: Annotated[
+        bool, typer.Option(help="The ledger alone: no file is hashed, no version computed anew.")
+    ] = False,
+) -> None:
+    """Audit ledger and files, while serving or not; exit status 1 with any finding."""
+    from talkoot.server.audit import Auditor
+
+    found = Auditor(state.absolute()).audit(shallow=shallow)
+    typer.echo(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(found.lines()))
+    if not found.whole:
+        raise typer.Exit(1)
+
+
 @nodes_app.command("list")
 def nodes_list(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
     """All nodes and what they do."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pydantic import ValidationError
 
+from talkoot.protocol import faults
 from talkoot.protocol.artifacts import ArtifactStore
 from talkoot.protocol.errors import TalkootError
 from talkoot.protocol.messages import ArtifactRef, Verdict
@@ -119,6 +120,7 @@ class Conductor:
         log.info(decision.sentence)
         if decision.action == "close":
             self._book.close_round(decision.sentence, now=now)
+            faults.place("close.after-commit")
             self._reopen_pause = 0.0
             return True
         if self._reopened_at <= now < self._reopened_at + self._reopen_pause:
@@ -140,6 +142,7 @@ class Conductor:
         if opened is None:
             self._tell("waiting", "Waiting for nodes: fewer are here than round.min_nodes.")
             return False
+        faults.place("open.after-commit")
         log.info("round %d opened, attempt %d", opened.round, opened.attempt)
         self._told.clear()
         self._control.forget()
@@ -229,9 +232,11 @@ class Conductor:
             out_dir,
         )
         update = self._c.store.put_file(result.update_path)
+        faults.place("publish.update-stored")
         checkpoint = None
         if number % config.round.checkpoint_every == 0 or number >= self._c.rounds_total:
             checkpoint = link_checkpoint(self._c.store, VersionDir(out_dir))
+        faults.place("publish.before-commit")
         self._book.publish(
             weights_digest=result.weights_digest,
             directory=name,
@@ -239,6 +244,7 @@ class Conductor:
             checkpoint=checkpoint,
             now=self._clock(),
         )
+        faults.place("publish.after-commit")
         log.info(
             "version %d published: %d contributions, %.3f bit/parameter, digest %s",
             number,

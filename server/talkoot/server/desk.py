@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+from talkoot.protocol import faults
 from talkoot.protocol.artifacts import Source
 from talkoot.protocol.errors import ProtocolError, RefusedError
 from talkoot.protocol.files import explain_os_error
@@ -115,6 +116,7 @@ class Desk:
                 if earlier != target:
                     earlier.unlink(missing_ok=True)
             os.replace(path, target)  # noqa: PTH105 - one name for both halves
+            faults.place("push.whole")
         except OSError as err:
             raise explain_os_error(err, "keeping an upload", target) from err
 
@@ -148,6 +150,7 @@ class Desk:
                 return Verdict(accepted=False, code=err.code, sentence=err.sentence)
         if verdict.accepted or verdict.code == "committed":
             verdict = self._book.accept(claim, signed, l2_norm=norm, now=time.time())
+            faults.place("accept.after-commit")
         self._drop_upload(claim)
         return verdict
 
@@ -165,6 +168,7 @@ class Desk:
         facts = verify_payload(path, self._c.manifest, self._c.spec.uplink)
         if path == upload:
             self._c.store.put_file(upload)
+            faults.place("accept.payload-stored")
         return facts.l2_norm
 
     def _drop_upload(self, claim: Contribution) -> None:

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple, Protocol, cast
 
 import grpc
 
-from talkoot.protocol import limits
+from talkoot.protocol import faults, limits
 from talkoot.protocol.artifacts import Slice, Source
 from talkoot.protocol.errors import ProtocolError, RefusedError, StateError, UnavailableError
 from talkoot.protocol.ingest import Ingest, check_digest, check_size, received_bytes, trim_parts
@@ -213,6 +213,7 @@ class TransferServicer(WireServicer):
                     for chunk in chain([first], request_iterator):
                         _check_chunk(chunk, claim)
                         ingest.append(chunk.offset, chunk.data)
+                        faults.place("push.mid")
                         if chunk.data:
                             stream.touch()
                     if ingest.offset() < claim.size:

@@ -19,7 +19,7 @@ from talkoot.client.trainer.lease import LeaseJob, Progress, ShouldStop, run_lea
 from talkoot.client.trainer.peak import PeakMeter
 from talkoot.client.trainer.sequences import Sequences
 from talkoot.client.trainer.workdir import LeaseResult, Published, State, WorkDir
-from talkoot.protocol import limits, memory
+from talkoot.protocol import faults, limits, memory
 from talkoot.protocol.corpus import CorpusManifest, parse_manifest
 from talkoot.protocol.errors import (
     CapacityError,
@@ -250,6 +250,7 @@ class Trainer:
                 code="updates-mismatch",
             )
         name, digest = self._advance(source, updates, copy=checkpoint is not None)
+        faults.place("trainer.mid-sync")
         try:
             self._require(digest, version, weights_digest)
         except IntegrityError:
@@ -429,6 +430,7 @@ class Trainer:
         feedback = state.feedback
         if not accepted:
             feedback = self._give_back(state)
+        faults.place("trainer.before-settled")
         work.commit(state.model_copy(update={"feedback": feedback, "done": None}))
         return {"settled": True}
 

@@ -15,6 +15,7 @@ from typing import Any
 from talkoot.client.trainer.sequences import Sequences
 from talkoot.client.trainer.tensors import load_tensors, open_tensors, save_tensors
 from talkoot.client.trainer.workdir import Checkpoint, LeaseResult, Moments, Published, WorkDir
+from talkoot.protocol import faults
 from talkoot.protocol.artifacts import sha256_file
 from talkoot.protocol.codec import EncodedTensor, encode_with_feedback
 from talkoot.protocol.errors import UnavailableError
@@ -121,6 +122,7 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
             ),
         )
         save_tensors(job.work.path(saved.local), replica.weights())
+        faults.place("trainer.mid-checkpoint")
         save_tensors(job.work.path(saved.moments.file), replica.state())
         job.work.save_checkpoint(saved)
         return saved
@@ -194,10 +196,12 @@ def _encode(job: LeaseJob, checkpoint: Checkpoint) -> LeaseResult:
                     delta, carried, job.spec.uplink, job.spec.feedback_decay
                 )
                 writer.add(name, kept)
+                faults.place("trainer.mid-encode")
                 yield name, sent
 
         write_payload(payload, job.manifest, job.spec.uplink, encoded(), {"lease": lease_id})
     digest, size = sha256_file(payload)
+    faults.place("trainer.before-done")
     result = LeaseResult(
         lease_id=lease_id,
         digest=digest,
