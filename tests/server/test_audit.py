@@ -60,8 +60,7 @@ def _play(site: Site) -> Path:
         if number < 3:
             work(nodes[1], 10 * number + 1)
     site.coordinator.close()
-    root: Path = site.coordinator.state.root
-    return root
+    return Path(site.coordinator.state.root)
 
 
 def sql(root: Path, *statements: str) -> None:
@@ -73,12 +72,13 @@ def sql(root: Path, *statements: str) -> None:
 
 def value(root: Path, query: str) -> Any:
     with closing(sqlite3.connect(root / "ledger.db")) as raw:
-        return raw.execute(query).fetchone()[0]
+        (found,) = raw.execute(query).fetchone()
+        return found
 
 
 def artifact(root: Path, query: str) -> Path:
     digest = value(root, query)
-    return root / "store" / digest[:2] / digest[2:]
+    return Path(root, "store", digest[:2], digest[2:])
 
 
 def flip(path: Path) -> None:
