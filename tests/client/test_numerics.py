@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from talkoot.client.trainer.core import Trainer
-from talkoot.client.trainer.sequences import Sequences
 from talkoot.protocol.messages import CodecSpec, InnerSpec
 from talkoot.protocol.model import build_model, parse_config
 from talkoot.protocol.payload import verify_payload
+from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader
 from talkoot.server.aggregate import ContributionInput, VersionDir, aggregate_round, initial_state
 from talkoot.server.outer import OuterSpec

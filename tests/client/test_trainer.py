@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ import torch
 
 from talkoot.client.trainer.core import Trainer
 from talkoot.client.trainer_host import TrainerHost
+from talkoot.protocol import recipes
+from talkoot.protocol.artifacts import sha256_file
 from talkoot.protocol.errors import (
     IntegrityError,
     ProtocolError,
@@ -24,6 +27,7 @@ from talkoot.protocol.errors import (
 from talkoot.protocol.messages import CodecSpec, InnerSpec, RoundTask
 from talkoot.protocol.payload import PayloadReader
 from talkoot.protocol.proof import proof_loss
+from talkoot.protocol.replay import ReplayJob, replay_lease
 from talkoot.protocol.weights import WeightsReader, apply_update
 
 if TYPE_CHECKING:
@@ -238,6 +242,42 @@ def test_what_is_sent_and_what_is_kept_add_up_to_the_pseudo_gradient(
             rtol=1e-6,
             atol=1e-8,
         )
+
+
+def test_a_lease_with_fresh_state_is_the_same_whatever_its_node_did_before(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    first, first_blocks = run.task(range(4))
+    task, blocks = run.task(range(4, 8), round_number=2)
+    fresh = task.model_copy(update={"fresh_state": True})
+    experienced, newcomer = synced(run, tmp_path / "old"), synced(run, tmp_path / "new")
+    experienced.train(first, first_blocks)
+    experienced.settle(first.lease.lease_id, accepted=True)
+    held = feedback_of(experienced, run)
+    sent = experienced.train(fresh, blocks)
+    assert sent["digest"] == newcomer.train(fresh, blocks)["digest"]
+    # What the old one held back is not lost: it is in its feedback still.
+    kept = feedback_of(newcomer, run)
+    for name, tensor in feedback_of(experienced, run).items():
+        torch.testing.assert_close(tensor, kept[name] + held[name], rtol=0, atol=1e-8)
+
+    # The coordinator, which knows neither of them, gets the same bytes.
+    job = ReplayJob(
+        config=dict(newcomer._opened.config),
+        spec=run.spec,
+        manifest=run.manifest,
+        corpus=run.corpus,
+        task=fresh,
+        base=run.weights,
+        blocks=blocks,
+        recipe=recipes.get("fp32-adamw"),
+    )
+    replayed = tmp_path / "replay.safetensors"
+    assert replay_lease(job, replayed) == pytest.approx(sent["loss"], abs=1e-12)
+    assert sha256_file(replayed)[0] == sent["digest"]
+    with pytest.raises(ValueError, match="fresh"):
+        replay_lease(replace(job, task=task), replayed)
 
 
 def test_a_refused_contribution_goes_back_into_the_feedback(

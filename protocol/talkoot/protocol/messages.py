@@ -303,6 +303,9 @@ class RoundTask(Message):
     """Tokens that the whole network had committed when the round opened: where the schedule is."""
     tokens_round: Count
     """Tokens that all leases of this round hold together."""
+    fresh_state: bool = False
+    """Train with empty optimizer moments and no error feedback, so that whoever has the base and
+    the blocks can repeat the lease. What the node held back is kept for its next lease."""
     issued_unix: Seconds
     deadline_unix: Seconds
     poll_seconds: Seconds
@@ -348,7 +351,7 @@ class NodeReport(Message):
 class NodeReportReply(Message):
     """What the coordinator answers to a report."""
 
-    status: Literal["pending", "proving", "admitted", "refused", "banned"]
+    status: Literal["pending", "proving", "admitted", "quarantined", "refused", "banned"]
     sentence: Sentence
     report_seconds: Seconds
     poll_seconds: Seconds

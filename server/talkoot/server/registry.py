@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Role = Literal["volunteer", "validator"]
-NodeStatus = Literal["pending", "proving", "admitted", "refused", "banned"]
+NodeStatus = Literal["pending", "proving", "admitted", "quarantined", "refused", "banned"]
 
 CERTIFICATE_DAYS = 365
 PROOF_STEPS = 2

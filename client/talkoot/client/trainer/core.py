@@ -17,7 +17,6 @@ import torch
 
 from talkoot.client.trainer.lease import LeaseJob, Progress, ShouldStop, run_lease
 from talkoot.client.trainer.peak import PeakMeter
-from talkoot.client.trainer.sequences import Sequences
 from talkoot.client.trainer.workdir import LeaseResult, Published, State, WorkDir
 from talkoot.protocol import faults, limits, memory
 from talkoot.protocol.corpus import CorpusManifest, parse_manifest
@@ -37,6 +36,7 @@ from talkoot.protocol.payload import PayloadReader
 from talkoot.protocol.proof import proof_steps
 from talkoot.protocol.recipes import Recipe, get
 from talkoot.protocol.replica import DTYPES, Replica, build_replica
+from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader, WeightsWriter, apply_update, save_weights
 
 DIFFERS: Final = "replica-differs"

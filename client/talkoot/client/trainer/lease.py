@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from talkoot.client.trainer.sequences import Sequences
 from talkoot.client.trainer.tensors import load_tensors, open_tensors, save_tensors
 from talkoot.client.trainer.workdir import Checkpoint, LeaseResult, Moments, Published, WorkDir
 from talkoot.protocol import faults
@@ -24,6 +23,7 @@ from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.payload import write_payload
 from talkoot.protocol.replica import Replica
 from talkoot.protocol.schedule import learning_rate, lease_position
+from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader, WeightsWriter
 
 Progress = Callable[[dict[str, Any]], None]
@@ -102,7 +102,8 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
     else:
         local = job.work.path(checkpoint.local)
         replica.load_weights(open_tensors(local, replica.weights()))
-    moments = job.work.state.moments if checkpoint is None else checkpoint.moments
+    kept = None if task.fresh_state else job.work.state.moments
+    moments = kept if checkpoint is None else checkpoint.moments
     _load_moments(job, moments)
     step, loss_sum, seconds = 0, 0.0, 0.0
     if checkpoint is not None:
@@ -191,10 +192,14 @@ def _encode(job: LeaseJob, checkpoint: Checkpoint) -> LeaseResult:
                 device = weight.device
                 loaded = job.replica.as_loaded(published.get(name).to(device))
                 delta = loaded.float() - weight.float()
-                carried = before.get(name).to(device) if before is not None else None
+                held = before.get(name).to(device) if before is not None else None
+                fresh = job.task.fresh_state
+                carried = None if fresh else held
                 sent, kept = encode_with_feedback(
                     delta, carried, job.spec.uplink, job.spec.feedback_decay
                 )
+                if fresh and held is not None:  # it waits for the next lease, whole
+                    kept += held
                 writer.add(name, kept)
                 faults.place("trainer.mid-encode")
                 yield name, sent

@@ -1,4 +1,7 @@
-"""A lease's blocks as batches of sequences, in an order that the lease's id decides."""
+"""A lease's blocks as batches of sequences, in an order that the lease's id decides.
+
+A node trains on them and a validator repeats it: both must cut the same batches.
+"""
 
 from __future__ import annotations
 
