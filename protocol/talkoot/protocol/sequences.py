@@ -31,7 +31,7 @@ class Sequences:
     """
 
     def __init__(
-        self, spec: RunSpec, corpus: CorpusManifest, lease: Lease, blocks: Sequence[Path]
+        self, spec: RunSpec, corpus: CorpusManifest, lease: Lease, blocks: Sequence[Path | bytes]
     ) -> None:
         length = spec.sequence_length
         if corpus.block_tokens % length:

@@ -86,7 +86,7 @@ def _fill(state: StateDir, config: Config, say: Say) -> str:
     )
 
     say("Model and first version …")
-    model_config, model = _model(config)
+    model_config, model = initial_model(config)
     _check_vocabulary(model_config, corpus)
     named = dict(named_trainable(model))
     manifest = manifest_of(named.items())
@@ -147,7 +147,8 @@ def _fill(state: StateDir, config: Config, say: Say) -> str:
     return run_id
 
 
-def _model(config: Config) -> tuple[dict[str, Any], torch.nn.Module]:
+def initial_model(config: Config) -> tuple[dict[str, Any], torch.nn.Module]:
+    """The transformers config and the model of version 0, fp32. Raises :class:`ConfigError`."""
     from talkoot.protocol.model import build_model, load_pretrained, parse_config, preset
 
     section = config.model

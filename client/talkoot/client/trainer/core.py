@@ -386,6 +386,14 @@ class Trainer:
                 run.work.sweep()
             raise
 
+    def share_memory(self, other: Trainer) -> None:
+        """Use the replica in memory of ``other`` (same run, recipe and device) instead of one's own.
+
+        What it holds is loaded anew for each lease, so many trainers in one process need the memory
+        of one. Only one of them may work at a time, and none may prove.
+        """
+        self._replica = other._built()
+
     def _built(self) -> Replica:
         """The replica; its weights and state are to be loaded."""
         if self._replica is None:
