@@ -387,7 +387,7 @@ class Trainer:
             raise
 
     def share_memory(self, other: Trainer) -> None:
-        """Use the replica in memory of ``other`` (same run, recipe and device) instead of one's own.
+        """Use the replica that ``other`` (same run, recipe and device) has in memory.
 
         What it holds is loaded anew for each lease, so many trainers in one process need the memory
         of one. Only one of them may work at a time, and none may prove.
