@@ -84,11 +84,19 @@ def contributions(site: Site) -> list[ContributionRecord]:
         return list(session.scalars(select(ContributionRecord)))
 
 
-def said(site: Site, node_id: str, *, seen: float = NOW, state: str = "idle") -> None:
-    """The node was last heard of then, doing this."""
+def said(
+    site: Site,
+    node_id: str,
+    *,
+    seen: float = NOW,
+    state: str = "idle",
+    version: int | None = 0,
+) -> None:
+    """The node was last heard of then, doing this, with a replica of this version."""
     report = NodeReport.model_validate(
         {
-            **dict.fromkeys(("version", "weights_digest", "lease_id", "loss")),
+            **dict.fromkeys(("weights_digest", "lease_id", "loss")),
+            "version": version,
             **dict.fromkeys(("step", "steps", "bytes_up", "bytes_down", "healed"), 0),
             **{"state": state, "tokens_per_second": 0.0, "started_unix": 1.0},
         }
@@ -134,6 +142,26 @@ def test_only_admitted_nodes_that_are_online_heard_of_and_not_paused_get_a_lease
     site.book.open_round(online, 0.25, now=NOW)
     assert [task.node_id for task in site.book.open_tasks()] == [there]
     assert site.desk.task(offline) is None
+
+
+def test_a_node_that_is_far_behind_catches_up_before_it_is_leased(site: Site) -> None:
+    site.reopen(round={"max_behind": 1})
+    near, joiner = site.add_node("near"), site.add_node("joiner")
+    said(site, near)
+    said(site, joiner, version=None)  # it fetches its first checkpoint
+    for number in (1, 2):
+        opened(site)
+        assert [task.node_id for task in site.book.open_tasks()] == [near]
+        assert give(site, site.task(near)).accepted
+        site.book.close_round("done", now=NOW)
+        publish(site, number)
+        said(site, near, version=number)
+    said(site, joiner, version=0)  # two behind
+    opened(site)
+    assert [task.node_id for task in site.book.open_tasks()] == [near]
+    said(site, joiner, version=1)  # one behind will do
+    assert site.book.open_round(site.online(), 0.25, now=NOW) is not None
+    assert {task.node_id for task in site.book.open_tasks()} == {near, joiner}
 
 
 def test_what_was_signed_at_init_decides_and_not_a_file_that_was_edited_since(

@@ -100,6 +100,8 @@ class RoundSection(_Section):
     """Admitted nodes online without which a round is not opened."""
     lost_after_seconds: Annotated[float, Field(gt=0, le=86400)] = 60.0
     """A node that has not reported for so long is not waited for (until it reports again)."""
+    max_behind: Annotated[int, Field(ge=1, le=limits.MAX_UPDATE_CHAIN)] = 4
+    """Versions that a node may lack and still be leased; one that lacks more catches up first."""
     checkpoint_every: Annotated[int, Field(ge=1, le=200)] = 10
     """Rounds between dense checkpoints, for those who join."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=1000)] = 2
