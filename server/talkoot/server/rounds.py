@@ -38,6 +38,17 @@ class RoundView:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """An open round's leases, counted."""
+
+    committed: int
+    awaited: int
+    """Open, and their nodes are within reach."""
+    lost: int
+    """Open, and their nodes are not."""
+
+
+@dataclass(frozen=True)
 class Decision:
     """What to do with the round now, and why."""
 
@@ -47,41 +58,51 @@ class Decision:
 
 
 def decide(view: RoundView, now_unix: float) -> Decision:
-    """Whether an open round waits, closes, or is leased anew.
+    """Whether an open round waits, closes, or is leased anew; see :func:`decide_tally`."""
+    tally = Tally(
+        committed=sum(lease.state == "committed" for lease in view.leases),
+        awaited=sum(lease.state == "open" and lease.live for lease in view.leases),
+        lost=sum(lease.state == "open" and not lease.live for lease in view.leases),
+    )
+    return decide_tally(view.round, view.deadline_unix, view.quorum, tally, now_unix)
+
+
+def decide_tally(
+    number: int, deadline_unix: float, quorum: int, tally: Tally, now_unix: float
+) -> Decision:
+    """Whether open round ``number`` waits, closes, or is leased anew.
 
     A round closes when nobody is left to wait for and the quorum is met, or at its deadline if the
     quorum is met. When the quorum can no longer come (everybody left, declined or missed the
     deadline), the blocks that were not committed go back to the pool and the round is leased anew;
     what was committed stays committed and counts towards the quorum of the next attempt.
     """
-    committed = sum(lease.state == "committed" for lease in view.leases)
-    awaited = sum(lease.state == "open" and lease.live for lease in view.leases)
-    lost = sum(lease.state == "open" and not lease.live for lease in view.leases)
+    committed, awaited, lost = tally.committed, tally.awaited, tally.lost
     told = f"{committed} contributed, {awaited} still at work, {lost} out of reach"
 
-    if committed >= view.quorum:
+    if committed >= quorum:
         if awaited == 0:
             code = "all-answered" if lost == 0 else "all-reachable-answered"
-            return Decision("close", code, f"Round {view.round} closes: {told}.")
-        if now_unix >= view.deadline_unix:
+            return Decision("close", code, f"Round {number} closes: {told}.")
+        if now_unix >= deadline_unix:
             return Decision(
-                "close", "deadline", f"Round {view.round} closes at its deadline: {told}."
+                "close", "deadline", f"Round {number} closes at its deadline: {told}."
             )
-        return Decision("wait", "at-work", f"Round {view.round} waits for its nodes: {told}.")
+        return Decision("wait", "at-work", f"Round {number} waits for its nodes: {told}.")
 
-    if now_unix >= view.deadline_unix:
+    if now_unix >= deadline_unix:
         return Decision(
             "reopen",
             "no-quorum",
-            f"Round {view.round} missed its quorum of {view.quorum} at the deadline: {told}.",
+            f"Round {number} missed its quorum of {quorum} at the deadline: {told}.",
         )
-    if awaited + committed < view.quorum and lost == 0:
+    if awaited + committed < quorum and lost == 0:
         return Decision(
             "reopen",
             "nobody-left",
-            f"Round {view.round} has nobody left to reach its quorum of {view.quorum}: {told}.",
+            f"Round {number} has nobody left to reach its quorum of {quorum}: {told}.",
         )
-    return Decision("wait", "at-work", f"Round {view.round} waits for its nodes: {told}.")
+    return Decision("wait", "at-work", f"Round {number} waits for its nodes: {told}.")
 
 
 def poll_seconds(nodes: int, max_pulls_per_second: float, minimum: float) -> float:
