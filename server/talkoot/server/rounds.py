@@ -85,9 +85,7 @@ def decide_tally(
             code = "all-answered" if lost == 0 else "all-reachable-answered"
             return Decision("close", code, f"Round {number} closes: {told}.")
         if now_unix >= deadline_unix:
-            return Decision(
-                "close", "deadline", f"Round {number} closes at its deadline: {told}."
-            )
+            return Decision("close", "deadline", f"Round {number} closes at its deadline: {told}.")
         return Decision("wait", "at-work", f"Round {number} waits for its nodes: {told}.")
 
     if now_unix >= deadline_unix:
