@@ -10,7 +10,7 @@ export FLWR_TELEMETRY_ENABLED   ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench demo test lint format types contracts check proto clean
+.PHONY: help setup bench demo chaos test lint format types contracts check proto clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -27,6 +27,9 @@ demo: $(STAMP) ## train a small model on a network of real processes on this mac
 
 bench: $(STAMP) ## measure the data path: bits, speed, memory, as ratios (ARGS=--quick: 2 minutes)
 	@$(BIN)/python -m bench $(ARGS)
+
+chaos: $(STAMP) ## kill every process of a real network, again and again (ARGS="--quick")
+	@$(BIN)/talkoot-sim chaos $(ARGS)
 
 test: $(STAMP) ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from pydantic import ValidationError
@@ -24,7 +25,8 @@ from talkoot.server.coordinator import Coordinator
 from talkoot.server.registry import Registry
 
 if TYPE_CHECKING:
-    from talkoot.server.aggregate import VersionDir
+    from talkoot.server.aggregate import AggregateResult, VersionDir
+    from talkoot.server.ledger.schema import ContributionRecord
 
 log = logging.getLogger(__name__)
 
@@ -199,12 +201,7 @@ class Conductor:
 
     def _finish(self, number: int) -> None:
         """Aggregate a closing round and publish its version."""
-        # Torch takes seconds to import, and a round can open without it.
-        from talkoot.server.aggregate import (
-            ContributionInput,
-            VersionDir,
-            aggregate_round,
-        )
+        from talkoot.server.aggregate import VersionDir
 
         config = self._c.config
         with self._c.ledger.read() as session:
@@ -213,23 +210,13 @@ class Conductor:
         out_dir = self._c.state.versions / name
         if out_dir.exists():  # a try that died before it was published
             shutil.rmtree(out_dir)
-        inputs = [
-            ContributionInput(
-                path=self._c.store.path(c.payload_digest),
-                tokens=c.tokens,
-                l2_norm=c.l2_norm,
-                key=c.node_id,
-            )
-            for c in self._book.contributions(number)
-        ]
-        result = aggregate_round(
-            self._c.manifest,
+        contributions = self._book.contributions(number)
+        result = aggregate_version(
+            self._c,
+            contributions,
             VersionDir(self._c.state.versions / base.directory),
-            inputs,
-            self._c.spec.uplink,
-            self._c.spec.downlink,
-            config.outer,
             out_dir,
+            payload=self._c.store.path,
         )
         update = self._c.store.put_file(result.update_path)
         faults.place("publish.update-stored")
@@ -248,7 +235,7 @@ class Conductor:
         log.info(
             "version %d published: %d contributions, %.3f bit/parameter, digest %s",
             number,
-            len(inputs),
+            len(contributions),
             result.bits_per_parameter,
             result.weights_digest[:12],
         )
@@ -275,6 +262,39 @@ class Conductor:
             self._told.add(kind)
             log.info(sentence)
             self._book.note(kind, sentence)
+
+
+def aggregate_version(
+    coordinator: Coordinator,
+    contributions: Sequence[ContributionRecord],
+    base: VersionDir,
+    out_dir: Path,
+    *,
+    payload: Callable[[str], Path],
+) -> AggregateResult:
+    """A round's accepted contributions as the next version's files, in ``out_dir``.
+
+    ``payload`` says where the payload of a digest is. The same contributions and base give the same
+    bytes, however often somebody died over it.
+    """
+    # Torch takes seconds to import, and a round can open without it.
+    from talkoot.server.aggregate import ContributionInput, aggregate_round
+
+    inputs = [
+        ContributionInput(
+            path=payload(c.payload_digest), tokens=c.tokens, l2_norm=c.l2_norm, key=c.node_id
+        )
+        for c in contributions
+    ]
+    return aggregate_round(
+        coordinator.manifest,
+        base,
+        inputs,
+        coordinator.spec.uplink,
+        coordinator.spec.downlink,
+        coordinator.config.outer,
+        out_dir,
+    )
 
 
 def link_checkpoint(store: ArtifactStore, version: VersionDir) -> ArtifactRef:

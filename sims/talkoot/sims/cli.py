@@ -60,6 +60,34 @@ def demo(
     check(data)
 
 
+@app.command()
+def chaos(
+    kills: Annotated[
+        int | None, typer.Option(min=1, help="Deaths of the soak; 200 if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides who dies when.")] = 0,
+    nodes: Annotated[int | None, typer.Option(min=1, max=16, help="Volunteers.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="About two minutes.")] = False,
+    ledger_url: Annotated[
+        str, typer.Option(help="An empty PostgreSQL database for the soak; SQLite if not given.")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="Where networks and figures go.")] = Path("runs/chaos"),
+) -> None:
+    """Kill every process of a real network, again and again, and audit it after each death."""
+    from talkoot.sims.chaos.run import QUICK, ChaosOptions, run_chaos
+
+    chosen = {"kills": kills, "nodes": nodes}
+    given = {key: value for key, value in chosen.items() if value is not None}
+    options = ChaosOptions(
+        out.absolute(), seed=seed, ledger_url=ledger_url, **{**(QUICK if quick else {}), **given}
+    )
+    document = run_chaos(options, typer.echo)
+    typer.echo(
+        f"{document['soak']['kills']} kills survived, nothing lost; figures in "
+        f"{options.out / 'chaos.json'}"
+    )
+
+
 def main() -> None:
     """Entry point."""
     run(app)

@@ -58,6 +58,7 @@ class Command:
     name: str
     arguments: Sequence[str]
     log: Path
+    extra_environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -70,7 +71,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env=environment() | dict(self.extra_environment),
                 start_new_session=True,
             )
 
@@ -114,6 +115,8 @@ class LocalNetwork:
     root: Path
     nodes: dict[str, Command] = field(default_factory=dict)
     coordinator: Command | None = None
+    extra_environment: dict[str, str] = field(default_factory=dict)
+    """What every long-running process gets beside the rest."""
 
     @property
     def state(self) -> Path:
@@ -163,6 +166,7 @@ class LocalNetwork:
                 "coordinator",
                 [str(BIN / "talkoot-coordinator"), "serve", "--state", str(self.state)],
                 self.root / "logs" / "coordinator.log",
+                self.extra_environment,
             )
         self.coordinator.start()
 
@@ -182,13 +186,16 @@ class LocalNetwork:
                 *("--name", name, *flags),
             ],
             self.root / "logs" / f"{name}.log",
+            self.extra_environment,
         )
         self.nodes[name].start()
 
     def rejoin(self, name: str) -> None:
         """Start a volunteer that joined before, without its invite."""
         arguments = [str(BIN / "talkoot"), "join", "--home", str(self.home(name))]
-        self.nodes[name] = Command(name, arguments, self.root / "logs" / f"{name}.log")
+        self.nodes[name] = Command(
+            name, arguments, self.root / "logs" / f"{name}.log", self.extra_environment
+        )
         self.nodes[name].start()
 
     def status(self) -> dict[str, Any] | None:
@@ -215,12 +222,19 @@ class LocalNetwork:
         return context
 
     @property
-    def gateway_port(self) -> int:
-        """The gateway's port, as ``init`` chose it."""
+    def ports(self) -> Mapping[str, Any]:
+        """The operator's ``[network]``, with the ports as ``init`` chose them."""
         import tomllib
 
-        config = tomllib.loads((self.state / "config.toml").read_text("utf-8"))
-        return int(config["network"]["gateway_port"])
+        network: Mapping[str, Any] = tomllib.loads((self.state / "config.toml").read_text("utf-8"))[
+            "network"
+        ]
+        return network
+
+    @property
+    def gateway_port(self) -> int:
+        """The gateway's port."""
+        return int(self.ports["gateway_port"])
 
     def ledger_status(self) -> dict[str, Any]:
         """The whole history, straight from the ledger: also while nothing runs."""
