@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -228,6 +229,26 @@ def parse_config(text: str, *, where: str = "config.toml") -> Config:
         return Config.model_validate(data)
     except ValidationError as err:
         raise ConfigError(_sentence(err, where) + ".") from err
+
+
+def override_config(config: Config, values: Mapping[str, object]) -> Config:
+    """``config`` with other values for some keys, such as ``{"outer.learning_rate": 1.5}``.
+
+    Raises :class:`ConfigError` as :func:`parse_config` does.
+    """
+    data = config.model_dump(mode="json", exclude_none=True)
+    for key, value in values.items():
+        *path, last = key.split(".")
+        section = data
+        for part in path:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{key}: {part!r} is a value and not a section.")
+        section[last] = value
+    try:
+        return Config.model_validate(data)
+    except ValidationError as err:
+        raise ConfigError(_sentence(err, ", ".join(values)) + ".") from err
 
 
 def load_config(path: Path) -> Config:

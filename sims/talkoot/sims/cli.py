@@ -88,6 +88,87 @@ def chaos(
     )
 
 
+@app.command()
+def parity(
+    model: Annotated[
+        str, typer.Option(help="nano, tiny, small, smollm2, or a transformers model's directory.")
+    ] = "nano",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="An operator's config.toml instead of the options about the model."),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="key=value,… of the configuration, of nodes.speeds, nodes.dropout, nodes.recipes, "
+            "nodes.own_text, and name; again for more. The first is held against the bars."
+        ),
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Again for more; 0, 1, 2.")] = None,
+    nodes: Annotated[int, typer.Option(min=2, max=256, help="Volunteers.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Outer rounds.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Inner steps in a round (H).")] = 15,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a node's batch.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 64,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Inner peak; the model's own if not given.")
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Text, as in corpus.sources; again for more.")
+    ] = None,
+    heldout_tokens: Annotated[int, typer.Option(min=1, help="To measure losses on.")] = 32_768,
+    out: Annotated[Path, typer.Option(help="Results and corpora; finished work is kept.")] = Path(
+        "runs/parity"
+    ),
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="The nodes' files; /dev/shm/… saves the disk's time. In --out if not given."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print parity.json at the end.")] = False,
+) -> None:
+    """Measure how much of a data centre's learning the network captures, on the real code.
+
+    Trains one node alone, all nodes as one data-parallel job, and the network, for each seed, and
+    writes table, curves and parity.json. The same command again does only what is missing.
+    """
+    from rich.console import Console
+
+    from talkoot.sims.parity.command import parity_options
+    from talkoot.sims.parity.report import print_parity, write_parity
+    from talkoot.sims.parity.result import summarise
+    from talkoot.sims.parity.run import run_parity
+
+    options = parity_options(
+        model=model,
+        config=config,
+        arms=arm or [],
+        seeds=seed or [0, 1, 2],
+        nodes=nodes,
+        rounds=rounds,
+        steps=steps,
+        batch=batch,
+        length=length,
+        learning_rate=learning_rate,
+        sources=source or [],
+        heldout_tokens=heldout_tokens,
+        out=out.absolute(),
+        work=work,
+    )
+    console = Console(stderr=as_json)
+    measured = run_parity(
+        options, lambda line: console.print(line, style="dim", highlight=False, soft_wrap=True)
+    )
+    data = summarise(options, measured)
+    page = write_parity(data, options.out)
+    if as_json:
+        typer.echo(json.dumps(data, indent=1))
+    else:
+        print_parity(data, console)
+        console.print(f"\n{page}")
+
+
 def main() -> None:
     """Entry point."""
     run(app)

@@ -106,13 +106,20 @@ def _ref(data: bytes) -> ArtifactRef:
     return ArtifactRef(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
 
 
-def make_world(config: Config, corpora: Sequence[Path], *, heldout_tokens: int) -> World:
+def make_world(
+    config: Config,
+    corpora: Sequence[Path],
+    *,
+    heldout_tokens: int,
+    heldout_from: Path | None = None,
+) -> World:
     """Build the initial model and read the corpora.
 
     Args:
         config: an operator's; addresses, admission and ledger are not read.
         corpora: directories of :func:`make_corpus`, one a shard.
-        heldout_tokens: tokens that losses are measured on, taken evenly from all shards.
+        heldout_tokens: tokens that losses are measured on.
+        heldout_from: the corpus that they are taken from; all shards in equal parts if not given.
 
     Raises:
         ConfigError: model and tokenizer do not fit together, or the shards do not.
@@ -127,9 +134,10 @@ def make_world(config: Config, corpora: Sequence[Path], *, heldout_tokens: int) 
         )
     initial = {name: p.detach().clone() for name, p in named_trainable(model)}
     length = config.model.sequence_length
+    measured = shards if heldout_from is None else (Shard.open(heldout_from),)
     rows = [
-        heldout_rows(load_heldout(s.directory, s.manifest), length, heldout_tokens // len(shards))
-        for s in shards
+        heldout_rows(load_heldout(s.directory, s.manifest), length, heldout_tokens // len(measured))
+        for s in measured
     ]
     return World(
         config=config,
