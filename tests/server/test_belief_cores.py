@@ -78,9 +78,7 @@ def test_an_examination_is_what_verification_and_exact_arithmetic_say(tmp_path: 
 # Acceptance ----------------------------------------------------------------------
 
 EFFORT = Effort(steps=8, rate_sum=8 * 2e-3)
-CLAIMS = Claims(
-    steps=8, training_seconds=10.0, tokens=4096, waited_seconds=12.0, known_speed=400.0
-)
+CLAIMS = Claims(steps=8, training_seconds=10.0, tokens=4096, waited_seconds=12.0, known_speed=400.0)
 
 
 def direction(rng: np.random.Generator, common: np.ndarray, cosine: float) -> np.ndarray:
@@ -413,8 +411,9 @@ def test_a_sign_majority_has_a_sign_that_honest_weight_carries(
     assert (np.sign(result[clear]) == np.sign(signs.sum(0)[clear])).all()
 
 
-def test_the_rules_give_the_same_bits_whatever_the_order_of_ties() -> None:
+def test_the_rules_give_the_same_bits_each_time() -> None:
     rows = random_parts(1, 6, 2)
     parts = [(sparse_of(row), 1.0, 1.0) for row in rows]
-    for rule in (lambda p: robust.trimmed_mean(64, p, 0.25), lambda p: robust.sign_majority(64, p)):
-        assert torch.equal(rule(parts), rule(list(parts)))
+    again = list(parts)
+    assert torch.equal(robust.trimmed_mean(64, parts, 0.25), robust.trimmed_mean(64, again, 0.25))
+    assert torch.equal(robust.sign_majority(64, parts), robust.sign_majority(64, again))

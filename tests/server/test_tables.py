@@ -14,6 +14,7 @@ def node(name: str) -> dict[str, Any]:
         "node_id": "0123456789abcdef",
         "name": name,
         "status": "admitted",
+        "standing": "established",
         "state": "training",
         "last_seen_unix": None,
         "contributions": 3,

@@ -58,9 +58,7 @@ def effort_of(spec: RunSpec, task: RoundTask) -> Effort:
     total = 0.0
     for point in range(points):
         tokens = round(task.lease.tokens * (point + 1) / points)
-        position = lease_position(
-            task.tokens_before, task.tokens_round, tokens, task.lease.tokens
-        )
+        position = lease_position(task.tokens_before, task.tokens_round, tokens, task.lease.tokens)
         total += learning_rate(spec.inner, position)
     return Effort(steps=steps, rate_sum=total * steps / points)
 

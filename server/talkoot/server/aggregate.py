@@ -15,7 +15,6 @@ import hashlib
 import math
 import os
 import shutil
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +93,9 @@ class ContributionInput:
     """Of the decoded payload, as ``verify_payload`` measured it when it was accepted."""
     key: str
     """Unique; contributions are added up in the order of their keys."""
+    influence: float = 1.0
+    """0 to 1. It multiplies the weight, and the values too: where nobody else sent a coordinate, a
+    small weight alone would have the whole say. A contribution of 0 is not read."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,21 @@ class AggregateResult:
     """By stage: decode, outer, encode, write."""
 
 
-def clip_factors(norms: Sequence[float]) -> list[float]:
+def clip_factors(norms: Sequence[float], influences: Sequence[float] | None = None) -> list[float]:
     """``min(1, median / norm)`` for each l2 norm: nobody is louder than the median contributor.
 
     The median is the lower one of an even number, so that with two contributors the smaller sets
-    the measure and not a mean that the larger one can drag along.
+    the measure and not a mean that the larger one can drag along. With ``influences`` (above 0) it
+    is the median by influence: many newcomers do not set it.
     """
     if not all(math.isfinite(norm) and norm >= 0 for norm in norms):
         raise ValueError("norms must be finite and not negative")
-    median = statistics.median_low(norms)
+    shares = [1.0] * len(norms) if influences is None else influences
+    half, below, median = math.fsum(shares) / 2, 0.0, 0.0
+    for norm, share in sorted(zip(norms, shares, strict=True)):
+        below, median = below + share, norm
+        if below >= half * (1 - 1e-12):
+            break
     return [1.0 if norm <= median else median / norm for norm in norms]
 
 
@@ -198,6 +206,10 @@ def aggregate_round(
         raise ValueError("two contributions have the same key")
     if min(part.tokens for part in contributions) < 1:
         raise ValueError("a contribution must count at least one token")
+    if not all(0 <= part.influence <= 1 for part in contributions):
+        raise ValueError("an influence is from 0 to 1")
+    if max(part.influence for part in contributions) == 0:
+        raise ValueError("somebody's contribution must count")
     if out_dir.absolute() == state.path.absolute():
         raise ValueError("the next version needs a directory of its own")
     with _fresh_directory(out_dir) as directory:
@@ -235,11 +247,18 @@ class _Round:
         clock: Clock,
     ) -> None:
         ordered = sorted(contributions, key=lambda part: part.key)
+        ordered = [part for part in ordered if part.influence > 0]
         # Relative to the largest, so that a lone contribution has weight 1 and is exact.
-        heaviest = max(part.tokens for part in ordered)
-        factors = clip_factors([part.l2_norm for part in ordered])
+        heaviest = max(part.tokens * part.influence for part in ordered)
+        factors = clip_factors(
+            [part.l2_norm for part in ordered], [part.influence for part in ordered]
+        )
         self._parts = [
-            (PayloadReader(part.path, manifest, uplink), part.tokens / heaviest, factor)
+            (
+                PayloadReader(part.path, manifest, uplink),
+                part.tokens * part.influence / heaviest,
+                factor * part.influence,
+            )
             for part, factor in zip(ordered, factors, strict=True)
         ]
         self._manifest = manifest

@@ -158,9 +158,7 @@ def _agreements(cosines: F64, weights: F64) -> tuple[F64, float | None]:
     return agreements, weighted_median(agreements, weights)
 
 
-def _cliques(
-    cosines: F64, weights: F64, agreements: F64, usual: float | None
-) -> list[int]:
+def _cliques(cosines: F64, weights: F64, agreements: F64, usual: float | None) -> list[int]:
     """For each member, how many (itself too) are much more alike than they should be.
 
     After FoolsGold (arXiv 1808.04866, section 4): many hands of one adversary look alike. What two

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -28,6 +29,7 @@ from talkoot.protocol.messages import (
     parse,
 )
 from talkoot.protocol.refusals import printable
+from talkoot.server.belief import Belief
 from talkoot.server.coordinator import Coordinator, note
 from talkoot.server.ledger.schema import (
     CommittedBlock,
@@ -40,6 +42,9 @@ from talkoot.server.ledger.schema import (
     Version,
 )
 from talkoot.server.rounds import Decision, LeaseView, RoundView, decide
+
+if TYPE_CHECKING:
+    from talkoot.server.sketch import Examination
 
 MAX_REASON_CHARS = 500
 SPEED_MEMORY = 0.5
@@ -70,6 +75,7 @@ class Book:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._c = coordinator
+        self._belief = Belief(coordinator)
 
     # Reading --------------------------------------------------------------------------------------
 
@@ -239,6 +245,7 @@ class Book:
                     base=base,
                     tokens_before=tokens_before,
                     tokens_round=tokens_round,
+                    fresh_state=self._belief.begins_fresh(session, lease.node_id, number, attempt),
                     issued_unix=now,
                     deadline_unix=deadline,
                     poll_seconds=poll_seconds,
@@ -340,8 +347,20 @@ class Book:
                 name = session.get_one(Node, node_id).name
                 note(session, "declined", f"{name} gave its lease back: {reason}")
 
-    def accept(self, claim: Contribution, signed: Signed, *, l2_norm: float, now: float) -> Verdict:
-        """Commit a verified contribution with its blocks; harmless when it is committed already."""
+    def accept(
+        self,
+        claim: Contribution,
+        signed: Signed,
+        *,
+        l2_norm: float,
+        now: float,
+        found: Examination | None = None,
+    ) -> Verdict:
+        """Commit a verified contribution with its blocks; harmless when it is committed already.
+
+        ``found``: what its payload was seen to be, by which it is held against others' work. Not
+        needed when it is committed already.
+        """
         with self._c.ledger.write() as session:
             before = session.get(ContributionRecord, claim.lease_id)
             if before is not None and before.node_id == claim.node_id:
@@ -372,6 +391,14 @@ class Book:
                     "wrong-base",
                     "The contribution was trained from other weights than the published ones.",
                 )
+            if found is not None:
+                finding = self._belief.check(session, claim, task, found, now=now)
+                if not finding.accepted:
+                    # Nobody has to wait for what will not come.
+                    lease.state, lease.reason = "released", finding.sentence
+                    name = session.get_one(Node, claim.node_id).name
+                    note(session, "refused", f"A contribution of {name}: {finding.sentence}")
+                    return _no(finding.code, finding.sentence)
             session.add(
                 ContributionRecord(
                     lease_id=claim.lease_id,
@@ -398,6 +425,8 @@ class Book:
                 )
                 for ref in task.lease.blocks
             )
+            if found is not None:
+                self._belief.remember(session, claim, task, found, now)
             lease.state = "committed"
             node = session.get_one(Node, claim.node_id)
             if claim.training_seconds > 0:

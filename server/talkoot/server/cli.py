@@ -224,6 +224,68 @@ def nodes_ban(
     typer.echo(f"{found.name} ({found.node_id}) is banned.")
 
 
+@nodes_app.command("show")
+def nodes_show(
+    node: Annotated[str, typer.Argument(help="Id, beginning of an id, or name.")],
+    state: State = DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """A node's standing and the reasons for it."""
+    from talkoot.server.belief import Belief
+    from talkoot.server.registry import find_node
+
+    coordinator = _open(state)
+    found = find_node(_registry(coordinator).nodes(), node)
+    document = {
+        "node_id": found.node_id,
+        "name": found.name,
+        "status": found.status,
+        "status_sentence": found.sentence,
+        **Belief(coordinator).record_of(found.node_id),
+    }
+    if as_json:
+        typer.echo(json.dumps(document, indent=2))
+        return
+    from talkoot.server.tables import print_record
+
+    print_record(document)
+
+
+@nodes_app.command("quarantine")
+def nodes_quarantine(
+    node: Annotated[str, typer.Argument(help="Id, beginning of an id, or name.")],
+    why: Annotated[str, typer.Option("--why", help="The node is told.")],
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Keep a node out of rounds; it stays connected, and may be pardoned."""
+    import time
+
+    from talkoot.server.belief import Belief
+    from talkoot.server.registry import find_node
+
+    coordinator = _open(state)
+    found = find_node(_registry(coordinator).nodes(), node)
+    Belief(coordinator).quarantine(found.node_id, why, now=time.time())
+    typer.echo(f"{found.name} ({found.node_id}) is quarantined.")
+
+
+@nodes_app.command("pardon")
+def nodes_pardon(
+    node: Annotated[str, typer.Argument(help="Id, beginning of an id, or name.")],
+    state: State = DEFAULT_STATE,
+) -> None:
+    """End a node's quarantine: it begins anew, on probation."""
+    import time
+
+    from talkoot.server.belief import Belief
+    from talkoot.server.registry import find_node
+
+    coordinator = _open(state)
+    found = find_node(_registry(coordinator).nodes(), node)
+    Belief(coordinator).pardon(found.node_id, now=time.time())
+    typer.echo(f"{found.name} ({found.node_id}) is pardoned, and on probation.")
+
+
 def main() -> None:
     """Entry point."""
     run(app)

@@ -20,6 +20,7 @@ from talkoot.protocol import faults
 from talkoot.protocol.artifacts import ArtifactStore
 from talkoot.protocol.errors import TalkootError
 from talkoot.protocol.messages import ArtifactRef, Verdict
+from talkoot.server.belief import Belief
 from talkoot.server.book import Book, OpenTask, tasks_by_flower_id
 from talkoot.server.coordinator import Coordinator
 from talkoot.server.registry import Registry
@@ -90,6 +91,7 @@ class Conductor:
         self._clock = clock
         self._sleep = sleep
         self._book = Book(coordinator)
+        self._belief = Belief(coordinator)
         self._online: frozenset[int] = frozenset()
         self._online_until = 0.0
         self._replies_at = 0.0
@@ -111,6 +113,10 @@ class Conductor:
         if current is None:
             return self._open()
         if current.state == "closing":
+            now = self._clock()
+            if self._belief.waits(current.round, current.closed_unix or now, now):
+                return False
+            self._belief.judge_round(current.round, now=now)
             self._finish(current.round)
             return True
         now = self._clock()
@@ -243,6 +249,7 @@ class Conductor:
 
     def _clean(self, newest: int) -> None:
         """Delete what no living version needs: rubbish costs a turn of the loop, never a round."""
+        self._belief.forget(newest)
         # Before the ledger is asked: what came since then may not be in its answer.
         moment = time.time() - RUBBISH_SECONDS
         try:
@@ -280,9 +287,14 @@ def aggregate_version(
     # Torch takes seconds to import, and a round can open without it.
     from talkoot.server.aggregate import ContributionInput, aggregate_round
 
+    influences = influences_of(coordinator, contributions)
     inputs = [
         ContributionInput(
-            path=payload(c.payload_digest), tokens=c.tokens, l2_norm=c.l2_norm, key=c.node_id
+            path=payload(c.payload_digest),
+            tokens=c.tokens,
+            l2_norm=c.l2_norm,
+            key=c.node_id,
+            influence=influences[c.lease_id],
         )
         for c in contributions
     ]
@@ -295,6 +307,39 @@ def aggregate_version(
         coordinator.config.outer,
         out_dir,
     )
+
+
+def influences_of(
+    coordinator: Coordinator, contributions: Sequence[ContributionRecord]
+) -> dict[str, float]:
+    """By lease: how much each contribution of a judged round counts, from 0 to 1.
+
+    That is what its judgement says, and what the operator's rule makes of it.
+    """
+    judged = Belief(coordinator).influences(contributions[0].round)
+    said = {c.lease_id: judged.get(c.lease_id, (1.0, None))[0] for c in contributions}
+    if coordinator.config.aggregation.rule != "geometric-median":
+        return said
+    import numpy as np
+
+    from talkoot.server.aggregate import clip_factors
+    from talkoot.server.robust import geometric_influences
+    from talkoot.server.sketch import unpack
+
+    counted = [c for c in contributions if said[c.lease_id] > 0]
+    sketches = [judged[c.lease_id][1] for c in counted if c.lease_id in judged]
+    if len(sketches) < len(counted) or any(sketch is None for sketch in sketches):
+        return said  # accepted before there were sketches
+    directions = np.stack([unpack(sketch or b"") for sketch in sketches]).astype(np.float64)
+    given = [said[c.lease_id] for c in counted]
+    clipped = np.array([c.l2_norm for c in counted]) * clip_factors(
+        [c.l2_norm for c in counted], given
+    )
+    weights = np.array([c.tokens * said[c.lease_id] for c in counted])
+    found = geometric_influences(directions @ directions.T, clipped, weights)
+    return said | {
+        c.lease_id: said[c.lease_id] * float(share) for c, share in zip(counted, found, strict=True)
+    }
 
 
 def link_checkpoint(store: ArtifactStore, version: VersionDir) -> ArtifactRef:

@@ -18,6 +18,7 @@ from talkoot.protocol import limits
 from talkoot.protocol.errors import ConfigError
 from talkoot.protocol.messages import CodecSpec, InnerSpec
 from talkoot.server.outer import OuterSpec
+from talkoot.server.robust import AggregationSpec
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -148,6 +149,35 @@ class AdmissionSection(_Section):
     """Relative; devices and dtypes differ a little."""
 
 
+class BeliefSection(_Section):
+    """Whose work counts, and how much is looked into (docs/trust.md)."""
+
+    probation_contributions: Annotated[int, Field(ge=1, le=10_000)] = 3
+    """Contributions of a newcomer that must count before it is established."""
+    probation_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Of a round's weight, for all nodes on probation together, once anybody is established."""
+    set_aside_below: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """A contribution with less than this of the usual agreement does not count; 0 is off."""
+    largest_norm_ratio: Annotated[float, Field(gt=1, le=1e6)] = 20.0
+    """A contribution so many times louder than usual is refused."""
+    quarantine: bool = True
+    """Whether enough evidence shuts a node out of rounds; if not, it is only shown."""
+    fresh_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Of leases that begin from fresh optimizer state, so that they can be replayed. A node's first
+    one always does. At 1 everything can be checked, and training is a little slower."""
+    replay_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Of leases with fresh state, how many the coordinator trains again and compares."""
+    gain_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Of contributions, how many the coordinator tries alone on assigned and on other blocks."""
+    gain_share_probation: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """The same for nodes on probation."""
+    validate_up_to_parameters: Annotated[int, Field(ge=0)] = 50_000_000
+    """Larger models are not validated on the coordinator's device, whatever the shares say."""
+    wait_seconds: Annotated[float, Field(ge=0, le=86400)] = 0.0
+    """The longest that a round which could close waits for validations of its contributions; later
+    ones still count for their nodes."""
+
+
 class LedgerSection(_Section):
     """Where the ledger is: empty for SQLite in the state directory, or an SQLAlchemy URL."""
 
@@ -171,6 +201,8 @@ class Config(_Section):
     """Of what a node did not send, from round to round (its error feedback)."""
     network: NetworkSection = NetworkSection()
     admission: AdmissionSection = AdmissionSection()
+    aggregation: AggregationSpec = AggregationSpec()
+    belief: BeliefSection = BeliefSection()
     ledger: LedgerSection = LedgerSection()
 
     @model_validator(mode="after")

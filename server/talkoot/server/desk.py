@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from talkoot.protocol import faults
 from talkoot.protocol.artifacts import Source
@@ -27,10 +28,15 @@ from talkoot.protocol.messages import (
     parse,
 )
 from talkoot.protocol.version import VERSION
+from talkoot.server.belief import Belief
 from talkoot.server.book import Book
-from talkoot.server.coordinator import Coordinator
+from talkoot.server.coordinator import Coordinator, note
+from talkoot.server.ledger.schema import Node
 from talkoot.server.registry import Registry
 from talkoot.server.status import status_json
+
+if TYPE_CHECKING:
+    from talkoot.server.sketch import Examination
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +52,7 @@ class Desk:
         self._c = coordinator
         self._registry = registry
         self._book = Book(coordinator)
+        self._belief = Belief(coordinator)
         self._uploads = coordinator.state.incoming / "whole"
         self._uploads.mkdir(parents=True, exist_ok=True)
         # Decoding a payload takes memory in proportion to the largest tensor: one at a time.
@@ -137,26 +144,34 @@ class Desk:
             )
         with self._c.ledger.read() as session:
             verdict = self._book.lease_verdict(session, node_id, claim.lease_id)
-        norm = 0.0  # not used for what is committed: the ledger has it, and knows the answer
+        found = None  # not needed for what is committed: the ledger has it, and knows the answer
         if verdict.accepted:
             try:
                 with self._verifying:
-                    norm = self._keep_payload(claim)
+                    found = self._keep_payload(claim)
             except ProtocolError as err:
-                self._book.note(
-                    "refused", f"A payload of node {node_id} was refused: {err.sentence}"
-                )
+                self._refused(claim, err)
                 self._drop_upload(claim)
                 return Verdict(accepted=False, code=err.code, sentence=err.sentence)
         if verdict.accepted or verdict.code == "committed":
-            verdict = self._book.accept(claim, signed, l2_norm=norm, now=time.time())
+            norm = found.l2_norm if found is not None else 0.0
+            verdict = self._book.accept(claim, signed, l2_norm=norm, now=time.time(), found=found)
             faults.place("accept.after-commit")
         self._drop_upload(claim)
         return verdict
 
-    def _keep_payload(self, claim: Contribution) -> float:
-        """Verify a payload and put it into the store; returns its l2 norm."""
-        from talkoot.protocol.payload import verify_payload
+    def _refused(self, claim: Contribution, err: ProtocolError) -> None:
+        with self._c.ledger.write() as session:
+            node = session.get_one(Node, claim.node_id)
+            said = f"A payload of node {claim.node_id} was refused: {err.sentence}"
+            note(session, "refused", said)
+            self._belief.hold_against(
+                session, node, err.code, err.sentence, claim.round, claim.lease_id, now=time.time()
+            )
+
+    def _keep_payload(self, claim: Contribution) -> Examination:
+        """Verify a payload and put it into the store; returns what it was seen to be."""
+        from talkoot.server.sketch import examine
 
         upload = self._upload(claim.node_id, claim.lease_id, claim.payload.digest)
         # It is in the store already when an earlier try died before the ledger had it.
@@ -165,11 +180,11 @@ class Desk:
             raise RefusedError("The payload was never pushed: push it first.", code="not-pushed")
         if path.stat().st_size != claim.payload.size_bytes:
             raise ProtocolError("The payload's size is not as signed.", code="wrong-size")
-        facts = verify_payload(path, self._c.manifest, self._c.spec.uplink)
+        found = examine(path, self._c.manifest, self._c.spec.uplink, self._belief.key)
         if path == upload:
             self._c.store.put_file(upload)
             faults.place("accept.payload-stored")
-        return facts.l2_norm
+        return found
 
     def _drop_upload(self, claim: Contribution) -> None:
         self._upload(claim.node_id, claim.lease_id, claim.payload.digest).unlink(missing_ok=True)

@@ -283,6 +283,8 @@ class Registry:
             if verdict.accepted:
                 if node.tokens_per_second <= 0:
                     node.tokens_per_second = proof.tokens_per_second
+                if node.status == "quarantined":  # that it can train was not in doubt
+                    raise RefusedError(node.sentence, code="quarantined")
                 if node.status != "admitted":
                     note(session, "admitted", f"{node.name}: {verdict.sentence}")
                 node.status = "admitted"
@@ -315,6 +317,11 @@ class Registry:
         """Admit a node that proved itself and waits, or lift a ban or refusal."""
         with self.coordinator.ledger.read() as session:
             node = _proved(session, node_id)
+            if node.status == "quarantined":
+                raise ConfigError(
+                    f"{node.name} is quarantined: look at it with 'nodes show', and let it begin "
+                    "anew with 'nodes pardon'."
+                )
             banned, pem, name = node.status == "banned", node.public_key_pem, node.name
         # Flower first, as at enrolment: a node that is admitted is one that the SuperLink knows.
         flower_node_id = self._register(pem.encode("ascii"), name) if banned else None

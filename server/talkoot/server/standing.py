@@ -77,9 +77,7 @@ class Evidence:
         return POINTS.get(self.kind, 0.0)
 
 
-def advance(
-    standing: Standing, evidence: Evidence, *, probation: int, now: float
-) -> Standing:
+def advance(standing: Standing, evidence: Evidence, *, probation: int, now: float) -> Standing:
     """The standing after one more piece of evidence.
 
     Args:
@@ -94,9 +92,7 @@ def advance(
     if standing.state == "established" and suspicion >= DOUBT_AT:
         return Standing("probation", suspicion, 0, now, evidence.sentence)
     if standing.state == "probation" and counted >= probation and suspicion < DOUBT_AT:
-        return Standing(
-            "established", suspicion, counted, now, f"{counted} contributions counted."
-        )
+        return Standing("established", suspicion, counted, now, f"{counted} contributions counted.")
     return replace(standing, suspicion=suspicion, counted=counted)
 
 

@@ -18,6 +18,7 @@ from talkoot.server.ledger.schema import (
     NodeState,
     Round,
     Run,
+    StandingRecord,
     Version,
 )
 
@@ -136,11 +137,12 @@ def _nodes(session: Session) -> list[dict[str, Any]]:
     counts: dict[str, int] = dict(session.execute(by_node).all())
     out = []
     rows = session.execute(
-        select(Node, NodeState)
+        select(Node, NodeState, StandingRecord)
         .outerjoin(NodeState, NodeState.node_id == Node.node_id)
+        .outerjoin(StandingRecord, StandingRecord.node_id == Node.node_id)
         .order_by(Node.enrolled_unix)
     )
-    for node, state in rows:
+    for node, state, standing in rows:
         said: dict[str, Any] = json.loads(state.report) if state is not None else {}
         seen = state.seen_unix if state is not None else None
         online = seen is not None and now - seen < ONLINE_SECONDS
@@ -150,6 +152,8 @@ def _nodes(session: Session) -> list[dict[str, Any]]:
                 "name": node.name,
                 "status": node.status,
                 "sentence": node.sentence,
+                "standing": standing.state if standing is not None else "probation",
+                "suspicion": standing.suspicion if standing is not None else 0.0,
                 "state": said.get("state") if online else "offline",
                 "online": online,
                 "step": said.get("step", 0),

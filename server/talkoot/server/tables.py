@@ -13,7 +13,14 @@ from rich.table import Table
 from talkoot.protocol.console import format_count
 from talkoot.protocol.refusals import printable
 
-_STATUS_STYLES = {"admitted": "green", "banned": "red", "refused": "red", "pending": "yellow"}
+_STATUS_STYLES = {
+    "admitted": "green",
+    "banned": "red",
+    "refused": "red",
+    "quarantined": "red",
+    "pending": "yellow",
+    "on probation": "yellow",
+}
 
 
 def _ago(unix: float | None) -> str:
@@ -60,11 +67,14 @@ def print_nodes(nodes: Sequence[dict[str, Any]]) -> None:
     for title in ("status", "state", "seen", "given", "tokens/s", "up", "down"):
         table.add_column(title)
     for node in nodes:
-        style = _STATUS_STYLES.get(node["status"], "")
+        status = node["status"]
+        if status == "admitted" and node["standing"] == "probation":
+            status = "on probation"
+        style = _STATUS_STYLES.get(status, "")
         table.add_row(
             node["node_id"],
             escape(printable(node["name"])),  # a stranger chose it
-            f"[{style}]{node['status']}[/]" if style else node["status"],
+            f"[{style}]{status}[/]" if style else status,
             node["state"] or "—",
             _ago(node["last_seen_unix"]),
             str(node["contributions"]),
@@ -73,6 +83,45 @@ def print_nodes(nodes: Sequence[dict[str, Any]]) -> None:
             format_count(node["bytes_down"]) + "B",
         )
     console.print(table)
+
+
+def print_record(document: dict[str, Any]) -> None:
+    """A node's standing, then what it is made of, newest first."""
+    console = Console()
+    console.print(
+        f"[bold]{escape(printable(document['name']))}[/bold] ({document['node_id']})  "
+        f"{document['status']}, {document['standing']}: {escape(document['sentence'])}"
+    )
+    console.print(
+        f"suspicion {document['suspicion']:.1f} of {document['quarantine_at']:.0f}, "
+        f"{document['counted']} contributions counted in this standing"
+    )
+    if document["evidence"]:
+        table = Table("when", "round", "evidence", "points", box=None)
+        table.add_column("why", overflow="fold")
+        for row in document["evidence"]:
+            table.add_row(
+                _ago(row["unix"]),
+                "—" if row["round"] is None else str(row["round"]),
+                row["kind"],
+                f"{row['points']:+.1f}",
+                escape(printable(row["sentence"])),
+            )
+        console.print(table)
+    if document["judgements"]:
+        table = Table("round", "counted", "agreement", "judgement", box=None)
+        table.add_column("why", overflow="fold")
+        for row in document["judgements"]:
+            table.add_row(
+                str(row["round"]),
+                "—" if row["influence"] is None else f"{row['influence']:.2f}",
+                "—" if row["agreement"] is None else f"{row['agreement']:.2f}",
+                row["code"],
+                escape(row["sentence"]),
+            )
+        console.print(table)
+    for row in document["validations"]:
+        console.print(f"round {row['round']} {row['kind']}: {escape(row['sentence'])}")
 
 
 def print_rounds(history: Sequence[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 """The newest Alembic revision that this code understands."""
 
 
@@ -87,7 +87,7 @@ class Node(Base):
     flower_node_id: Mapped[str | None] = mapped_column(String(20), unique=True)
     """A uint64, kept as text: SQL integers are signed."""
     status: Mapped[str] = mapped_column(String(16))
-    """proving, pending, admitted, refused, banned."""
+    """proving, pending, admitted, quarantined, refused, banned."""
     sentence: Mapped[str]
     """Why it has that status."""
     capability: Mapped[str]
@@ -191,6 +191,79 @@ class ContributionRecord(Base):
     accepted_unix: Mapped[float]
     version: Mapped[int | None]
     __table_args__ = (Index("ix_contributions_round", "run_id", "round"),)
+
+
+class JudgementRecord(Base):
+    """What is believed of an accepted contribution; ``influence`` is set when its round is judged.
+
+    Sketch and shares are dropped once no later contribution can be compared with them.
+    """
+
+    __tablename__ = "judgements"
+    lease_id: Mapped[str] = mapped_column(
+        String(32), ForeignKey("contributions.lease_id"), primary_key=True
+    )
+    run_id: Mapped[str] = mapped_column(String(63))
+    round: Mapped[int]
+    node_id: Mapped[str] = mapped_column(String(16), ForeignKey("nodes.node_id"), index=True)
+    scaled_norm: Mapped[float]
+    sketch: Mapped[bytes | None]
+    """fp16, little-endian; see ``sketch.py``."""
+    shares: Mapped[bytes | None]
+    """fp16: each tensor's share of the squared norm."""
+    influence: Mapped[float | None]
+    """0 to 1."""
+    agreement: Mapped[float | None]
+    code: Mapped[str] = mapped_column(String(64))
+    sentence: Mapped[str]
+    __table_args__ = (Index("ix_judgements_round", "run_id", "round"),)
+
+
+class StandingRecord(Base):
+    """Where a node stands; see ``standing.py``. A node without a row is on probation."""
+
+    __tablename__ = "standings"
+    node_id: Mapped[str] = mapped_column(String(16), ForeignKey("nodes.node_id"), primary_key=True)
+    state: Mapped[str] = mapped_column(String(16))
+    """probation, established, quarantined."""
+    suspicion: Mapped[float]
+    counted: Mapped[int]
+    since_unix: Mapped[float]
+    sentence: Mapped[str]
+
+
+class EvidenceRecord(Base):
+    """Why a node stands where it does: append only."""
+
+    __tablename__ = "evidence"
+    evidence_id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    node_id: Mapped[str] = mapped_column(String(16), ForeignKey("nodes.node_id"), index=True)
+    round: Mapped[int | None]
+    lease_id: Mapped[str | None] = mapped_column(String(32))
+    kind: Mapped[str] = mapped_column(String(64))
+    points: Mapped[float]
+    sentence: Mapped[str]
+    unix: Mapped[float]
+
+
+class ValidationRecord(Base):
+    """A look at a contribution by the coordinator's own device. States: asked, done, dropped."""
+
+    __tablename__ = "validations"
+    lease_id: Mapped[str] = mapped_column(
+        String(32), ForeignKey("contributions.lease_id"), primary_key=True
+    )
+    kind: Mapped[str] = mapped_column(String(16), primary_key=True)
+    """gain, replay."""
+    run_id: Mapped[str] = mapped_column(String(63))
+    round: Mapped[int]
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    asked_unix: Mapped[float]
+    done_unix: Mapped[float | None]
+    code: Mapped[str] = mapped_column(String(64))
+    sentence: Mapped[str]
+    figures: Mapped[str]
+    """JSON: what was measured."""
 
 
 class Version(Base):
