@@ -348,3 +348,13 @@ def test_a_lease_follows_the_measured_speed_within_the_clamp() -> None:
     assert tokens_wanted(float("nan"), 50.0, 1000) == 250
     assert tokens_wanted(50.0, 0.0, 1000) == 1000
     assert tokens_wanted(1.0, 4.0, 1) == 1
+
+
+def test_no_lease_outlasts_the_time_that_it_may_take() -> None:
+    # The median would need 20 s for its 1000 tokens: everybody's lease shrinks to half.
+    assert tokens_wanted(50.0, 50.0, 1000, longest_seconds=10.0) == 500
+    assert tokens_wanted(100.0, 50.0, 1000, longest_seconds=10.0) == 1000
+    # A node below the clamp gets what it can do, and not a quarter of the median's.
+    assert tokens_wanted(1.0, 50.0, 1000, longest_seconds=100.0) == 100
+    assert tokens_wanted(1.0, 50.0, 1000) == 250
+    assert tokens_wanted(50.0, 50.0, 1000, longest_seconds=20.0) == 1000

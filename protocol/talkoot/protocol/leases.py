@@ -49,20 +49,29 @@ def tokens_wanted(
     nominal_tokens: int,
     min_ratio: float = 0.25,
     max_ratio: float = 4.0,
+    longest_seconds: float = math.inf,
 ) -> int:
     """Tokens for a node that trains ``speed`` tokens a second, so that all finish together.
 
     A node at the median gets ``nominal_tokens``. The ratio is clamped, so that a false or freak
     measurement can neither starve a node nor hand it the round. A node without a usable
     measurement gets the least; without a median everybody gets the nominal amount.
+
+    No lease takes longer than ``longest_seconds`` at the measured speeds: where the nominal amount
+    would, everybody's shrinks alike, and a node below the clamp gets what it can do.
     """
+    if math.isfinite(median_speed) and median_speed > 0:
+        nominal_tokens = max(1, round(min(nominal_tokens, median_speed * longest_seconds)))
     if not (math.isfinite(median_speed) and median_speed > 0):
         ratio = 1.0
     elif not (math.isfinite(speed) and speed > 0):
         ratio = min_ratio
     else:
         ratio = min(max(speed / median_speed, min_ratio), max_ratio)
-    return max(1, round(nominal_tokens * ratio))
+    wanted = nominal_tokens * ratio
+    if math.isfinite(speed) and speed > 0:
+        wanted = min(wanted, speed * longest_seconds)
+    return max(1, round(wanted))
 
 
 def lease_id(

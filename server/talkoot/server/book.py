@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 MAX_REASON_CHARS = 500
 SPEED_MEMORY = 0.5
 """Weight of the newest measurement in a node's running tokens per second."""
+LEASE_SHARE = 0.75
+"""Of a round's time that a lease may take to train; fetching, encoding and pushing need the rest.
+Leases that outlast the deadline would bring every round back without a single contribution."""
 MIN_TRAINING_SECONDS = 1e-3
 """What a node says to have trained in less is counted as this: its speed stays a finite number."""
 MAX_LOSS = 1e6
@@ -205,7 +208,12 @@ class Book:
                 members=[
                     Member(
                         m.node_id,
-                        tokens_wanted(m.tokens_per_second, median, config.round.tokens_per_node),
+                        tokens_wanted(
+                            m.tokens_per_second,
+                            median,
+                            config.round.tokens_per_node,
+                            longest_seconds=LEASE_SHARE * config.round.deadline_seconds,
+                        ),
                     )
                     for m in members
                 ],
