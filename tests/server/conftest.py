@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from talkoot.protocol.codec import encode_tensor
 from talkoot.protocol.errors import UnavailableError
@@ -31,12 +32,14 @@ from talkoot.protocol.messages import (
 )
 from talkoot.protocol.payload import write_payload
 from talkoot.server.book import Book
-from talkoot.server.config import Config, dump_config, parse_config
+from talkoot.server.config import Config, LedgerSection, dump_config, load_config, parse_config
 from talkoot.server.coordinator import Coordinator
 from talkoot.server.desk import Desk
-from talkoot.server.ledger.schema import LeaseRecord, Node, ProofRecord
+from talkoot.server.ledger import Ledger
+from talkoot.server.ledger.schema import Base, LeaseRecord, Node, ProofRecord
 from talkoot.server.registry import Registry
 from talkoot.server.setup import init
+from talkoot.sims.postgres import FAST, PostgresCluster, why_not
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -271,14 +274,84 @@ def state_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresCluster]:
+    """A private PostgreSQL; a test that needs it is skipped where there can be none."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with PostgresCluster(FAST) as cluster:
+        yield cluster
+
+
+_names = itertools.count()
+
+
 @pytest.fixture
-def make_site(state_template: Path, tmp_path: Path) -> Iterator[Callable[[], Site]]:
+def new_database(request: pytest.FixtureRequest) -> Iterator[Callable[..., str]]:
+    """Makes a database on the private PostgreSQL, perhaps as a copy of another; gives its URL."""
+    made: list[str] = []
+
+    def make(template: str = "template0") -> str:
+        made.append(f"test{next(_names)}")
+        url: str = request.getfixturevalue("postgres").create(made[-1], template)
+        return url
+
+    yield make
+    for name in made:
+        request.getfixturevalue("postgres").drop(name)
+
+
+@pytest.fixture
+def ledger_kind() -> str:
+    """``sqlite``; a module whose tests are about the ledger overrides it with both kinds."""
+    return "sqlite"
+
+
+@pytest.fixture(scope="session")
+def postgres_template(state_template: Path, postgres: PostgresCluster) -> str:
+    """The template's ledger on PostgreSQL: the name of its database."""
+    name = "template_site"
+    ledger = Ledger(postgres.create(name))
+    ledger.migrate()
+    source = Ledger(Ledger.url_at(state_template))
+    with source.read() as read, ledger.write() as write:
+        for table in Base.metadata.sorted_tables:
+            rows = [dict(row) for row in read.execute(table.select()).mappings()]
+            if rows:
+                write.execute(table.insert(), rows)
+            for column in table.primary_key.columns:
+                if rows and column.autoincrement is True:  # or the next row takes a taken number
+                    number = max(row[column.name] for row in rows)
+                    write.execute(
+                        text("SELECT setval(pg_get_serial_sequence(:t, :c), :n)"),
+                        {"t": table.name, "c": column.name, "n": number},
+                    )
+    source.close()
+    ledger.close()
+    return name
+
+
+@pytest.fixture
+def make_site(
+    state_template: Path,
+    tmp_path: Path,
+    ledger_kind: str,
+    new_database: Callable[..., str],
+    request: pytest.FixtureRequest,
+) -> Iterator[Callable[[], Site]]:
     """Opens a fresh copy of the state, again and again if wanted."""
     made: list[Site] = []
 
     def make() -> Site:
         root = tmp_path / f"site{len(made)}"
         shutil.copytree(state_template, root)
+        if ledger_kind == "postgresql":
+            config = load_config(root / "config.toml")
+            url = new_database(request.getfixturevalue("postgres_template"))
+            config = config.model_copy(update={"ledger": LedgerSection(url=url)})
+            (root / "config.toml").write_text(dump_config(config), encoding="utf-8")
+            (root / "ledger.db").unlink()
         made.append(Site(Coordinator.open(root)))
         return made[-1]
 

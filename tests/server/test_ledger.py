@@ -7,15 +7,17 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, func, inspect, select
+from sqlalchemy import MetaData, create_engine, func, inspect, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
@@ -32,7 +34,9 @@ from talkoot.server.ledger.schema import (
     Run,
     Version,
 )
+from talkoot.sims.postgres import PostgresCluster
 
+CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'test%'"
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 WRITER = """
 import sys
@@ -68,8 +72,22 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.db"
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, path: Path, new_database: Callable[..., str]) -> str:
+    """An empty database: each test that asks for it runs on both kinds."""
+    return Ledger.url_at(path.parent) if request.param == "sqlite" else new_database()
+
+
 @pytest.fixture
-def ledger(path: Path) -> Iterator[Ledger]:
+def ledger(url: str) -> Iterator[Ledger]:
+    with closing(Ledger(url)) as opened:
+        opened.migrate()
+        yield opened
+
+
+@pytest.fixture
+def on_sqlite(path: Path) -> Iterator[Ledger]:
+    """For what only SQLite has: a file."""
     with closing(Ledger(Ledger.url_at(path.parent))) as opened:
         opened.migrate()
         yield opened
@@ -87,7 +105,7 @@ def event(kind: str) -> Event:
 # Migrations ----------------------------------------------------------------------
 
 
-def test_an_empty_database_gets_the_schema_that_the_code_maps(ledger: Ledger, path: Path) -> None:
+def test_an_empty_database_gets_the_schema_that_the_code_maps(ledger: Ledger) -> None:
     assert ledger.revision() == SCHEMA_REVISION
     engine = create_engine(ledger.url)
     with engine.connect() as connection:
@@ -108,13 +126,91 @@ def test_migrating_twice_changes_nothing(ledger: Ledger) -> None:
     assert kinds(ledger) == ["kept"]
 
 
-def test_a_ledger_of_the_first_schema_is_brought_up_to_date_and_keeps_its_rows(path: Path) -> None:
+Rows = dict[str, list[dict[str, object]]]
+
+
+def rows_of(ledger: Ledger) -> Rows:
+    """Every row of every table, whatever the schema is."""
+    metadata = MetaData()
+    metadata.reflect(ledger._engine)
+    with ledger.read() as session:
+        return {
+            table.name: sorted(
+                (dict(row) for row in session.execute(table.select()).mappings()),
+                key=lambda row: str(sorted((k, str(v)) for k, v in row.items())),
+            )
+            for table in metadata.sorted_tables
+            if table.name != "alembic_version"
+        }
+
+
+def upgrade(ledger: Ledger, revision: str) -> None:
+    command.upgrade(ledger._alembic_config(), revision)
+
+
+def load(ledger: Ledger, fixture: Path, scratch: Path) -> None:
+    """Fill an empty database with a fixture, in the fixture's schema."""
+    with closing(sqlite3.connect(scratch)) as raw:
+        raw.executescript(fixture.read_text("utf-8"))
+    with closing(Ledger(f"sqlite+pysqlite:///{scratch}")) as source:
+        rows = rows_of(source)
+    upgrade(ledger, fixture.stem.removeprefix("ledger-"))
+    metadata = MetaData()
+    metadata.reflect(ledger._engine)
+    with ledger.write() as session:
+        for table in metadata.sorted_tables:
+            if rows.get(table.name):
+                session.execute(table.insert(), rows[table.name])
+
+
+def assert_nothing_lost(before: Rows, after: Rows) -> None:
+    """Every row and every value is still there; tables and columns may have come."""
+    for table, rows in before.items():
+        assert len(after[table]) == len(rows), table
+        for row in rows:
+            assert any(row.items() <= other.items() for other in after[table]), (table, row)
+
+
+FIXTURE_FILES = sorted(FIXTURES.glob("ledger-*.sql"))
+REVISIONS = sorted(
+    path.name[:4] for path in (Path(database.__file__).parent / "migrations/versions").glob("0*.py")
+)
+
+
+@pytest.mark.parametrize("fixture", FIXTURE_FILES, ids=lambda path: path.stem)
+def test_a_ledger_of_every_kept_schema_is_brought_up_to_date_and_loses_nothing(
+    url: str, fixture: Path, tmp_path: Path
+) -> None:
+    with closing(Ledger(url)) as ledger:
+        load(ledger, fixture, tmp_path / "fixture.db")
+        assert ledger.revision() == fixture.stem.removeprefix("ledger-")
+        before = rows_of(ledger)
+        assert sum(map(len, before.values())) > 10
+        ledger.migrate()
+        assert ledger.revision() == SCHEMA_REVISION
+        assert_nothing_lost(before, rows_of(ledger))
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_each_migration_keeps_what_the_one_before_it_held(
+    url: str, revision: str, tmp_path: Path
+) -> None:
+    with closing(Ledger(url)) as ledger:
+        load(ledger, FIXTURES / "ledger-0001.sql", tmp_path / "fixture.db")
+        upgrade(ledger, revision)
+        before = rows_of(ledger)
+        ledger.migrate()
+        assert_nothing_lost(before, rows_of(ledger))
+
+
+def test_the_first_schema_as_sqlite_wrote_it_is_brought_up_to_date(path: Path) -> None:
     with closing(sqlite3.connect(path)) as raw:
         raw.executescript((FIXTURES / "ledger-0001.sql").read_text())
     with closing(Ledger(Ledger.url_at(path.parent))) as ledger:
         assert ledger.revision() == "0001"
+        before = rows_of(ledger)
         ledger.migrate()
-        assert ledger.revision() == SCHEMA_REVISION
+        assert_nothing_lost(before, rows_of(ledger))
         with ledger.read() as session:
             assert session.scalars(select(Run.run_id)).one() == "fixture-0001"
             assert list(session.scalars(select(Version.version))) == [0, 1]
@@ -124,25 +220,24 @@ def test_a_ledger_of_the_first_schema_is_brought_up_to_date_and_keeps_its_rows(p
             assert session.scalar(select(func.count()).select_from(CommittedBlock)) == 2
 
 
-def test_a_newer_schema_is_refused_and_left_alone(ledger: Ledger, path: Path) -> None:
-    ledger.close()
-    with closing(sqlite3.connect(path)) as raw:
-        raw.execute("UPDATE alembic_version SET version_num = '9999'")
-        raw.commit()
-    before = path.read_bytes()
+def test_a_newer_schema_is_refused_and_left_alone(ledger: Ledger) -> None:
+    with ledger.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    tables = inspect(ledger._engine).get_table_names()
     with (
-        closing(Ledger(Ledger.url_at(path.parent))) as ledger,
+        closing(Ledger(ledger.url)) as again,
         pytest.raises(LedgerError, match="9999") as caught,
     ):
-        ledger.migrate()
+        again.migrate()
     assert caught.value.code == "newer-schema"
-    assert path.read_bytes() == before
+    assert ledger.revision() == "9999"
+    assert inspect(ledger._engine).get_table_names() == tables
 
 
 def test_a_migration_that_dies_half_way_leaves_the_schema_as_it_was(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    migrations = shutil.copytree(Path(database.__file__).parent / "migrations", path.parent / "m")
+    migrations = shutil.copytree(Path(database.__file__).parent / "migrations", tmp_path / "m")
     (Path(migrations) / "versions" / "9000_dies.py").write_text(
         "from alembic import op\n"
         f"revision, down_revision = '9000', '{SCHEMA_REVISION}'\n"
@@ -151,7 +246,7 @@ def test_a_migration_that_dies_half_way_leaves_the_schema_as_it_was(
         "    op.execute('CREATE TABLE half (a INTEGER)')\n"
         "    raise KeyboardInterrupt\n"
     )
-    with closing(Ledger(Ledger.url_at(path.parent))) as ledger:
+    with closing(Ledger(url)) as ledger:
         ledger.migrate()
         config = ledger._alembic_config()
         config.set_main_option("script_location", str(migrations))
@@ -163,12 +258,11 @@ def test_a_migration_that_dies_half_way_leaves_the_schema_as_it_was(
         assert "half" not in inspect(create_engine(ledger.url)).get_table_names()
 
 
-def test_two_processes_that_migrate_at_once_both_succeed(path: Path) -> None:
+def test_two_processes_that_migrate_at_once_both_succeed(url: str) -> None:
     code = (
         "import sys; from talkoot.server.ledger import Ledger;"
         "ledger = Ledger(sys.argv[1]); sys.stdin.readline(); ledger.migrate()"
     )
-    url = Ledger.url_at(path.parent)
     both = [
         subprocess.Popen([sys.executable, "-c", code, url], stdin=subprocess.PIPE) for _ in range(2)
     ]
@@ -272,10 +366,10 @@ def test_a_process_killed_in_a_transaction_leaves_nothing_and_holds_nobody_up(
 
 
 def test_a_writer_that_never_gets_its_turn_says_who_holds_it_up(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
-    with closing(Ledger(Ledger.url_at(path.parent))) as ledger:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 1)
+    with closing(Ledger(url)) as ledger:
         ledger.migrate()
         with ledger.write() as first:
             first.add(event("first"))
@@ -287,12 +381,12 @@ def test_a_writer_that_never_gets_its_turn_says_who_holds_it_up(
 
 
 def test_a_broken_promise_is_refused_by_the_database_itself(ledger: Ledger) -> None:
-    with pytest.raises(LedgerError, match="FOREIGN KEY"), ledger.write() as session:
+    with pytest.raises(LedgerError, match=r"(?i)foreign key"), ledger.write() as session:
         session.add(CommittedBlock(run_id="r", epoch=0, block=0, lease_id="0" * 32))
 
 
-def test_every_connection_survives_a_power_cut_with_its_commits(ledger: Ledger) -> None:
-    with ledger.read() as session:
+def test_every_connection_survives_a_power_cut_with_its_commits(on_sqlite: Ledger) -> None:
+    with on_sqlite.read() as session:
         connection = session.connection()
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
@@ -315,3 +409,69 @@ def test_a_file_that_is_no_database_is_one_sentence(path: Path) -> None:
         pytest.raises(LedgerError, match="not a database"),
     ):
         ledger.migrate()
+
+
+# PostgreSQL ----------------------------------------------------------------------
+
+
+def test_every_connection_may_be_cut_between_transactions_and_nobody_notices(
+    postgres: PostgresCluster, new_database: Callable[..., str]
+) -> None:
+    with closing(Ledger(new_database())) as ledger:
+        ledger.migrate()
+        for number in range(3):
+            with ledger.write() as session:
+                session.add(event(f"write {number}"))
+            postgres.sql(CUT)
+            assert len(kinds(ledger)) == number + 1
+
+
+def test_a_connection_that_is_cut_in_a_transaction_leaves_nothing_and_says_so(
+    postgres: PostgresCluster, new_database: Callable[..., str]
+) -> None:
+    with closing(Ledger(new_database())) as ledger:
+        ledger.migrate()
+
+        def write() -> None:
+            with ledger.write() as session:
+                session.add(event("half"))
+                session.flush()
+                postgres.sql(CUT)
+
+        with pytest.raises(LedgerError, match="away") as caught:
+            write()
+        assert caught.value.code == "away"
+        assert kinds(ledger) == []
+
+
+def test_a_server_that_crashed_is_waited_for_and_keeps_what_was_committed(
+    new_database: Callable[..., str],
+) -> None:
+    with PostgresCluster() as own, closing(Ledger(own.create("own"))) as ledger:
+        ledger.migrate()
+        with ledger.write() as session:
+            session.add(event("kept"))
+        own.stop("immediate")
+        starting = threading.Timer(0.5, own.start)
+        starting.start()
+        assert kinds(ledger) == ["kept"]  # asked while nobody listens
+        starting.join()
+
+
+def test_a_server_that_stays_away_is_one_sentence(
+    postgres: PostgresCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "RECONNECT_SECONDS", 0.1)
+    nowhere = postgres.url("any").replace(str(postgres.root), "/nowhere")
+    with (
+        closing(Ledger(nowhere)) as ledger,
+        pytest.raises(LedgerError, match="is away") as caught,
+    ):
+        ledger.migrate()
+    assert caught.value.code == "away"
+    with (
+        closing(Ledger(postgres.url("absent"))) as ledger,
+        pytest.raises(LedgerError, match=r"correct ledger\.url") as caught,
+    ):
+        ledger.migrate()
+    assert caught.value.code == "refused"

@@ -113,6 +113,7 @@ def test_a_node_has_the_role_of_the_invite_that_it_came_with(site: Site) -> None
         assert site.node(key.node_id).role == role
 
 
+@pytest.mark.parametrize("ledger_kind", ["sqlite", "postgresql"])
 def test_an_invite_of_one_use_lets_one_node_in_however_many_come_at_once(site: Site) -> None:
     invite = site.registry.invite(uses=1, expires_seconds=3600)
     requests = [site.request(invite.token, NodeKey.generate(), f"n{i}") for i in range(4)]

@@ -23,6 +23,8 @@ from talkoot.protocol.messages import ArtifactRef, Verdict
 from talkoot.server.belief import Belief
 from talkoot.server.book import Book, OpenTask, tasks_by_flower_id
 from talkoot.server.coordinator import Coordinator
+from talkoot.server.ledger import LedgerError
+from talkoot.server.ledger.database import PASSING
 from talkoot.server.registry import Registry
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ ONLINE_SECONDS = 1.0
 """How often the loop asks Flower who is there: a full listing costs the SuperLink a query."""
 REPLY_SECONDS = 1.0
 """How often the loop asks Flower for replies: only refusals are news in them."""
+AWAY_SECONDS = 1.0
+"""How often the loop tries a ledger that is away or busy."""
 MAX_REOPEN_SECONDS = 60.0
 """Longest pause between two attempts at a round whose leases all came back."""
 KEEP_VERSION_DIRS = 2
@@ -102,8 +106,18 @@ class Conductor:
 
     def run(self) -> None:
         """Run rounds until the run is finished."""
-        while not self._book.finished():
-            if not self.step():
+        while True:
+            try:
+                if self._book.finished():
+                    return
+                waiting = not self.step()
+            except LedgerError as err:
+                if err.code not in PASSING:
+                    raise
+                log.warning("%s", err.sentence)
+                self._sleep(AWAY_SECONDS)
+                continue
+            if waiting:
                 self._sleep(LOOP_SECONDS)
 
     def step(self) -> bool:

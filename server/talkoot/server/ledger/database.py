@@ -2,18 +2,21 @@
 
 SQLite is the default, PostgreSQL comes by URL. Several processes write (gateway, transfer service,
 round loop, command line), so every write takes the database's lock at its beginning: on SQLite
-``BEGIN IMMEDIATE``, which waits its turn instead of failing half-way.
+``BEGIN IMMEDIATE``, which waits its turn instead of failing half-way; on PostgreSQL an advisory
+lock, so that what is true of one is true of the other: nobody writes between our read and our
+write. A read sees one moment (ADR 17).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from talkoot.protocol.errors import CapacityError, StateError
@@ -21,6 +24,13 @@ from talkoot.server.ledger.schema import SCHEMA_REVISION
 
 BUSY_SECONDS = 60
 """How long a writer waits for its turn."""
+RECONNECT_SECONDS = 10.0
+"""How long a transaction waits at its beginning for a database server that is not there."""
+IDLE_SECONDS = 120
+"""A process that stops in the middle of a transaction (suspended, say) loses it after so long."""
+PASSING = frozenset({"away", "busy"})
+"""Codes of a :class:`LedgerError` that may be gone when the transaction is tried again."""
+_WRITERS_LOCK = 0x7461_6C6B_6F6F_74  # "talkoot"; PostgreSQL's advisory locks are a database's own
 
 
 class LedgerError(StateError):
@@ -39,11 +49,30 @@ class Ledger:
     def __init__(self, url: str) -> None:
         self.url = url
         self._sqlite = url.startswith("sqlite")
-        connect_args = {"timeout": BUSY_SECONDS} if self._sqlite else {}
-        self._engine: Engine = create_engine(url, connect_args=connect_args, pool_pre_ping=True)
+        self._postgres = url.startswith("postgresql")
+        connect_args: dict[str, Any] = {}
+        if self._sqlite:
+            connect_args = {"timeout": BUSY_SECONDS}
+        elif self._postgres:
+            connect_args = {
+                "connect_timeout": 10,
+                "options": f"-c lock_timeout={BUSY_SECONDS}s "
+                f"-c idle_in_transaction_session_timeout={IDLE_SECONDS}s",
+            }
+        try:
+            # A connection that died in the pool is noticed before it is used.
+            self._engine: Engine = create_engine(url, connect_args=connect_args, pool_pre_ping=True)
+        except (SQLAlchemyError, ImportError) as err:
+            raise LedgerError(
+                f"ledger.url cannot be used ({err}): write it as "
+                "postgresql+psycopg://user@host/name and install talkoot[postgres].",
+                code="bad-url",
+            ) from err
         if self._sqlite:
             event.listen(self._engine, "connect", _configure_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
+        elif self._postgres:
+            event.listen(self._engine, "begin", _begin_postgres)
 
     @staticmethod
     def url_at(state_dir: Path, configured: str = "") -> str:
@@ -64,10 +93,9 @@ class Ledger:
 
     @contextmanager
     def _session(self, *, write: bool) -> Iterator[Session]:
-        options = {"talkoot_write": write}
         try:
             with (
-                self._engine.connect().execution_options(**options) as connection,
+                self._connect(write=write) as connection,
                 Session(bind=connection, expire_on_commit=False) as session,
             ):
                 yield session
@@ -77,6 +105,21 @@ class Ledger:
             raise _explain(err) from err
         except SQLAlchemyError as err:
             raise LedgerError(f"The ledger failed: {err}.") from err
+
+    def _connect(self, *, write: bool) -> Connection:
+        """A connection of the pool; a server that is not there is asked again for a while."""
+        options: dict[str, Any] = {"talkoot_write": write}
+        if self._postgres and not write:
+            options["isolation_level"] = "REPEATABLE READ"
+        deadline = time.monotonic() + RECONNECT_SECONDS
+        while True:
+            try:
+                return self._engine.connect().execution_options(**options)
+            except OperationalError as err:
+                hopeless = any(word in str(err.orig) for word in _HOPELESS)
+                if self._sqlite or hopeless or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.2)
 
     def close(self) -> None:
         """Close all connections."""
@@ -97,7 +140,7 @@ class Ledger:
         from alembic.runtime.migration import MigrationContext
 
         try:
-            with self._engine.connect().execution_options(talkoot_write=False) as connection:
+            with self._connect(write=False) as connection:
                 return MigrationContext.configure(connection).get_current_revision()
         except DBAPIError as err:
             raise _explain(err) from err
@@ -137,8 +180,33 @@ def _begin_sqlite(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
+def _begin_postgres(connection: Connection) -> None:
+    if connection.get_execution_options().get("talkoot_write", True):
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITERS_LOCK})")
+
+
+_HOPELESS = ("does not exist", "authentication failed", "no password supplied", "no pg_hba.conf")
+"""What no waiting helps against."""
+
+
 def _explain(err: DBAPIError) -> StateError | CapacityError:
-    text = str(err.orig)
+    text = str(err.orig).strip().rstrip(".")
+    if "lock timeout" in text:
+        return LedgerError(
+            f"The ledger was busy for {BUSY_SECONDS} s: another process holds it.", code="busy"
+        )
+    if any(word in text for word in _HOPELESS):
+        return LedgerError(
+            f"The ledger's server refuses ({text}): correct ledger.url.", code="refused"
+        )
+    if err.connection_invalidated or (
+        isinstance(err, OperationalError) and "psycopg" in type(err.orig).__module__
+    ):
+        return LedgerError(
+            f"The ledger's server is away ({text}): start it again; nothing that was acknowledged "
+            "is lost.",
+            code="away",
+        )
     # What SQLite calls an I/O error is mostly a full disk, too: its shared memory cannot grow.
     if "full" in text or "disk I/O" in text:
         return CapacityError(
