@@ -330,12 +330,12 @@ class Book:
 
     def lease_verdict(self, session: Session, node_id: str, lease_id: str) -> Verdict:
         """Whether a lease can still be committed by this node."""
-        lease = session.get(LeaseRecord, lease_id, with_for_update=True)
+        lease = session.get(LeaseRecord, lease_id)
         if lease is None or lease.node_id != node_id or lease.run_id != self._c.run_id:
             return _no("unknown-lease", "This node holds no such lease.")
         if lease.state == "committed":
             return _no("committed", "The lease is committed already.")
-        current = session.get(Round, (self._c.run_id, lease.round), with_for_update=True)
+        current = session.get(Round, (self._c.run_id, lease.round))
         if lease.state != "open" or current is None or current.state != "open":
             return _no(
                 "late",

@@ -189,7 +189,7 @@ class Registry:
     def _usable_invite(self, session: Session, token: str, node_id: str) -> InviteRecord:
         digest = _sha256(token.encode())
         invite = session.scalars(
-            select(InviteRecord).where(InviteRecord.token_sha256 == digest).with_for_update()
+            select(InviteRecord).where(InviteRecord.token_sha256 == digest)
         ).one_or_none()
         if invite is None:
             raise RefusedError(
@@ -457,7 +457,7 @@ def find_node(nodes: Sequence[Node], wanted: str) -> Node:
 
 
 def _node(session: Session, node_id: str) -> Node:
-    node = session.get(Node, node_id, with_for_update=True)
+    node = session.get(Node, node_id)
     if node is None:
         raise RefusedError("This coordinator does not know this node.", code="unknown-node")
     return node
