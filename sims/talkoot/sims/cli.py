@@ -68,9 +68,9 @@ def chaos(
     seed: Annotated[int, typer.Option(min=0, help="Decides who dies when.")] = 0,
     nodes: Annotated[int | None, typer.Option(min=1, max=16, help="Volunteers.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="About two minutes.")] = False,
-    ledger_url: Annotated[
-        str, typer.Option(help="An empty PostgreSQL database for the soak; SQLite if not given.")
-    ] = "",
+    postgres: Annotated[
+        bool, typer.Option("--postgres", help="The soak's ledger on a private PostgreSQL.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Where networks and figures go.")] = Path("runs/chaos"),
 ) -> None:
     """Kill every process of a real network, again and again, and audit it after each death."""
@@ -79,7 +79,7 @@ def chaos(
     chosen = {"kills": kills, "nodes": nodes}
     given = {key: value for key, value in chosen.items() if value is not None}
     options = ChaosOptions(
-        out.absolute(), seed=seed, ledger_url=ledger_url, **{**(QUICK if quick else {}), **given}
+        out.absolute(), seed=seed, postgres=postgres, **{**(QUICK if quick else {}), **given}
     )
     document = run_chaos(options, typer.echo)
     typer.echo(

@@ -18,6 +18,7 @@ from talkoot.sims.chaos.replay import replay
 from talkoot.sims.chaos.shape import Shape
 from talkoot.sims.chaos.soak import BrokenPromise, Say, Soak
 from talkoot.sims.local import LocalNetwork
+from talkoot.sims.postgres import PostgresCluster
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class ChaosOptions:
     nodes: int = 3
     paired_rounds: int = 12
     paired_kills: int = 20
-    ledger_url: str = ""
-    """Empty: SQLite. Otherwise an empty PostgreSQL database."""
+    postgres: bool = False
+    """The soak's ledger on a private PostgreSQL instead of SQLite."""
 
 
 QUICK = {"kills": 10, "nodes": 2, "paired_rounds": 4, "paired_kills": 3}
@@ -51,14 +52,18 @@ def run_chaos(options: ChaosOptions, say: Say) -> dict[str, Any]:
     document: dict[str, Any] = {
         "seed": options.seed,
         "nodes": options.nodes,
-        "ledger": "postgresql" if options.ledger_url else "sqlite",
+        "ledger": "postgresql" if options.postgres else "sqlite",
         "software": {name: version(name) for name in ("talkoot", "flwr", "torch")},
         "lost_items": None,
         "passed": False,
     }
     say(f"Seed {options.seed}: the same seed strikes the same components in the same order.")
     try:
-        _soak(options, document, say)
+        if options.postgres:
+            with PostgresCluster() as cluster:
+                _soak(options, document, say, cluster.create("chaos"))
+        else:
+            _soak(options, document, say)
         if options.paired_rounds:
             document["paired"], record = paired(
                 options.out / "paired",
@@ -82,8 +87,8 @@ def run_chaos(options: ChaosOptions, say: Say) -> dict[str, Any]:
     return document
 
 
-def _soak(options: ChaosOptions, document: dict[str, Any], say: Say) -> None:
-    shape = Shape(nodes=options.nodes, ledger_url=options.ledger_url)
+def _soak(options: ChaosOptions, document: dict[str, Any], say: Say, ledger_url: str = "") -> None:
+    shape = Shape(nodes=options.nodes, ledger_url=ledger_url)
     with LocalNetwork(options.out / "network") as network:
         arena = Arena(network, shape)
         arena.make()
