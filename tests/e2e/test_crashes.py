@@ -14,7 +14,7 @@ from talkoot.sims.local import LocalNetwork
 
 pytestmark = pytest.mark.e2e
 
-PARTS = ("superlink", "superexec", "gateway", "transfer")
+PARTS = ("superlink", "superexec", "gateway", "transfer", "evaluator")
 
 
 def _middle(network: LocalNetwork) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A corpus is a directory::
     blocks.idx      32-byte SHA-256s, one a block, in block order: an artifact of its own
     tokens.bin      all training blocks, back to back; each one can be fetched by its digest
     heldout.bin     tokens that nobody trains on; the coordinator keeps them
+    heldout.src     whose documents those are: (source, tokens) of each, as 8-byte integers
 
 Token ids are little-endian unsigned integers of 2 or 4 bytes.
 """
@@ -30,6 +31,7 @@ MANIFEST: Final = "manifest.json"
 INDEX: Final = "blocks.idx"
 TOKENS: Final = "tokens.bin"
 HELDOUT: Final = "heldout.bin"
+HELDOUT_SOURCES: Final = "heldout.src"
 
 DIGEST_BYTES: Final = 32
 MAX_VOCAB: Final = 2**24

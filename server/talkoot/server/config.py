@@ -178,6 +178,17 @@ class BeliefSection(_Section):
     ones still count for their nodes."""
 
 
+class EvaluationSection(_Section):
+    """Held-out loss of published versions, measured beside the rounds at the lowest priority."""
+
+    every: Annotated[int, Field(ge=0, le=10_000_000)] = 1
+    """Rounds between measured versions; versions that come faster are passed over. 0: never."""
+    tokens: Annotated[int, Field(ge=1, le=2**32)] = 32_768
+    """Held-out tokens to look at, in equal parts from each source."""
+    device: str = "cpu"
+    """A torch device of the coordinator's machine."""
+
+
 class LedgerSection(_Section):
     """Where the ledger is: empty for SQLite in the state directory, or an SQLAlchemy URL."""
 
@@ -203,6 +214,7 @@ class Config(_Section):
     admission: AdmissionSection = AdmissionSection()
     aggregation: AggregationSpec = AggregationSpec()
     belief: BeliefSection = BeliefSection()
+    evaluation: EvaluationSection = EvaluationSection()
     ledger: LedgerSection = LedgerSection()
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from talkoot.protocol import limits
 from talkoot.protocol.corpus import (
     HELDOUT,
+    HELDOUT_SOURCES,
     INDEX,
     MANIFEST,
     MAX_SOURCES,
@@ -97,7 +98,9 @@ def build_corpus(
     try:
         with (work / _SPOOL).open("w+b") as spool:
             table = _Documents()
+            starts = []  # first token of each source in the spool
             for source in sources:
+                starts.append(table.tokens)
                 for text in read_documents(source, encoding):
                     ids = _encode(tokenizer, text, dtype)
                     spool.write(ids.tobytes())
@@ -106,6 +109,7 @@ def build_corpus(
                         progress(len(table), table.tokens)
             split = table.split(heldout_fraction)
             heldout = _write_heldout(work, spool, split.heldout, item_bytes)
+            _write_heldout_sources(work, split.heldout, starts)
             blocks = _write_blocks(
                 work, spool, split.training, item_bytes, block_tokens * item_bytes
             )
@@ -292,6 +296,15 @@ def _write_heldout(work: Path, spool: BinaryIO, spans: Spans, item_bytes: int) -
         for first, tokens in spans.tolist():
             file.write(_read_span(spool, first, tokens, item_bytes))
     return file.ref
+
+
+def _write_heldout_sources(work: Path, spans: Spans, starts: Sequence[int]) -> None:
+    """(documents, 2) uint64: source and tokens of each held-out document, in the file's order."""
+    edges = np.asarray(starts, dtype=np.uint64)
+    source = np.searchsorted(edges, spans[:, 0], side="right") - 1
+    table = np.stack([source.astype("<u8"), spans[:, 1].astype("<u8")], axis=1)
+    with _DigestFile(work / HELDOUT_SOURCES) as file:
+        file.write(table.tobytes())
 
 
 def _write_blocks(

@@ -5,12 +5,17 @@ A torch module.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from talkoot.protocol.corpus import Tokens
+from talkoot.protocol.corpus import HELDOUT_SOURCES, CorpusManifest, Tokens, load_heldout
 from talkoot.protocol.errors import CorpusError
 
 ROWS_AT_ONCE = 32
@@ -25,18 +30,59 @@ def heldout_rows(tokens: Tokens, sequence_length: int, most_tokens: int) -> Tens
     Raises:
         CorpusError: the held-out text is shorter than one sequence.
     """
-    whole = len(tokens) // sequence_length
-    if whole == 0:
-        raise CorpusError(
-            f"The held-out text has {len(tokens)} tokens, less than one sequence of "
-            f"{sequence_length}: raise corpus.heldout_fraction."
-        )
-    wanted = max(1, min(whole, most_tokens // sequence_length))
-    rows = torch.empty((wanted, sequence_length), dtype=torch.int64)
-    for i in range(wanted):
-        start = i * whole // wanted * sequence_length
-        rows[i] = torch.from_numpy(tokens[start : start + sequence_length].astype("int64"))
-    return rows
+    starts = _spread(np.arange(_whole(tokens, sequence_length)), most_tokens // sequence_length)
+    return _cut(tokens, starts, sequence_length)
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """What is looked at of one source."""
+
+    source: str
+    rows: Tensor
+    """(sequences, sequence_length) int64."""
+    weight: float
+    """The source's share of the held-out text."""
+
+
+def rows_by_source(
+    directory: Path, manifest: CorpusManifest, sequence_length: int, most_tokens: int
+) -> list[SourceRows]:
+    """Rows of each source that has held-out text, in equal numbers, so that none goes unseen.
+
+    A row belongs to the source of its middle token. A corpus from before sources were kept counts
+    as one source.
+
+    Raises:
+        CorpusError: the held-out text is shorter than one sequence, or is damaged.
+    """
+    tokens = load_heldout(directory, manifest)
+    whole = _whole(tokens, sequence_length)
+    owner = np.zeros(whole, dtype=np.int64)
+    path = directory / HELDOUT_SOURCES
+    names: Sequence[str] = manifest.sources
+    if path.is_file():
+        table = np.fromfile(path, dtype="<u8").reshape(-1, 2).astype(np.int64)
+        ends = np.cumsum(table[:, 1])
+        if not len(table) or int(ends[-1]) != len(tokens) or table[:, 0].max() >= len(names):
+            raise CorpusError(f"{path} does not belong to its corpus: build the corpus again.")
+        middles = np.arange(whole) * sequence_length + sequence_length // 2
+        owner = table[np.searchsorted(ends, middles, side="right"), 0]
+    elif len(names) > 1:
+        names = (" + ".join(names)[:200],)
+    present = np.unique(owner).tolist()
+    each = max(1, most_tokens // sequence_length // len(present))
+    made = []
+    for source in present:
+        places = np.flatnonzero(owner == source)
+        rows = _cut(tokens, _spread(places, each), sequence_length)
+        made.append(SourceRows(names[source], rows, len(places) / whole))
+    return made
+
+
+def mean_loss(losses: Sequence[float], weights: Sequence[float]) -> float:
+    """The loss on the whole held-out text from those of its sources."""
+    return math.fsum(loss * w for loss, w in zip(losses, weights, strict=True)) / sum(weights)
 
 
 @torch.inference_mode()
@@ -52,3 +98,25 @@ def heldout_loss(model: torch.nn.Module, rows: Tensor) -> float:
         total += float(answer.loss) * len(batch)
     model.train(training)
     return total / len(rows)
+
+
+def _whole(tokens: Tokens, sequence_length: int) -> int:
+    whole = len(tokens) // sequence_length
+    if whole == 0:
+        raise CorpusError(
+            f"The held-out text has {len(tokens)} tokens, less than one sequence of "
+            f"{sequence_length}: raise corpus.heldout_fraction."
+        )
+    return whole
+
+
+def _spread(places: np.typing.NDArray[np.int64], wanted: int) -> list[int]:
+    count = max(1, min(len(places), wanted))
+    return [int(places[i * len(places) // count]) for i in range(count)]
+
+
+def _cut(tokens: Tokens, places: Sequence[int], length: int) -> Tensor:
+    rows = torch.empty((len(places), length), dtype=torch.int64)
+    for i, place in enumerate(places):
+        rows[i] = torch.from_numpy(tokens[place * length : (place + 1) * length].astype("int64"))
+    return rows

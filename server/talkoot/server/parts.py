@@ -1,7 +1,7 @@
 """The long-running parts of a coordinator, each a process of its own under the supervisor.
 
-``python -m talkoot.server.parts gateway|transfer|superexec --state DIR``: runs until SIGTERM, or
-until the supervisor that started it is gone.
+``python -m talkoot.server.parts gateway|transfer|evaluator|superexec --state DIR``: runs until
+SIGTERM, or until the supervisor that started it is gone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -71,10 +72,19 @@ def serve_transfer_until(coordinator: Coordinator, stop: threading.Event) -> Non
     server.stop(2).wait()
 
 
+def evaluate_until(coordinator: Coordinator, stop: threading.Event) -> None:
+    """Measure published versions until ``stop`` is set."""
+    from talkoot.server.evaluator import LOWEST_PRIORITY, Evaluator
+
+    os.nice(LOWEST_PRIORITY)
+    print(READY, flush=True)
+    Evaluator(coordinator).run(stop)
+
+
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="talkoot.server.parts")
-    parser.add_argument("part", choices=["gateway", "transfer", "superexec"])
+    parser.add_argument("part", choices=["gateway", "transfer", "evaluator", "superexec"])
     parser.add_argument("--state", type=Path, required=True)
     args = parser.parse_args()
     die_with_parent()
@@ -90,6 +100,8 @@ def main() -> int:
         configure(coordinator.state.logs / f"{args.part}.log")
         if args.part == "gateway":
             serve_gateway_until(coordinator, stop)
+        elif args.part == "evaluator":
+            evaluate_until(coordinator, stop)
         else:
             serve_transfer_until(coordinator, stop)
     except TalkootError as err:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Session
 from talkoot.server.coordinator import Coordinator
 from talkoot.server.ledger.schema import (
     ContributionRecord,
+    Evaluation,
     Event,
     Node,
     NodeState,
@@ -67,6 +69,7 @@ def status(
             "tokens_committed": int(tokens or 0),
             "parameters": coordinator.spec.parameters,
             "loss": history[-1]["loss"] if history else None,
+            "heldout": _heldout(session, run.run_id),
             "history": history,
             "nodes": _nodes(session),
             "events": [
@@ -105,7 +108,63 @@ def _history(session: Session, run_id: str, limit: int | None) -> list[dict[str,
         )
     ):
         by_round.setdefault(contribution.round, []).append(contribution)
-    return [_row(r, v, by_round.get(r.round, [])) for r, v in published]
+    losses = heldout_losses(session, run_id, first)
+    return [
+        {**_row(r, v, by_round.get(r.round, [])), "heldout_loss": losses.get(v.version)}
+        for r, v in published
+    ]
+
+
+def heldout_losses(session: Session, run_id: str, first: int = 0) -> dict[int, float]:
+    """Held-out loss over all sources, by version, from version ``first`` on."""
+    rows = session.execute(
+        select(
+            Evaluation.version,
+            func.sum(Evaluation.loss * Evaluation.weight) / func.sum(Evaluation.weight),
+        )
+        .where(Evaluation.run_id == run_id, Evaluation.version >= first)
+        .group_by(Evaluation.version)
+    )
+    return {version: float(loss) for version, loss in rows}
+
+
+def evaluation_of(session: Session, run_id: str, version: int) -> dict[str, Any] | None:
+    """What was measured of a version: loss and perplexity, in all and by source."""
+    rows = session.scalars(
+        select(Evaluation)
+        .where(Evaluation.run_id == run_id, Evaluation.version == version)
+        .order_by(Evaluation.source)
+    ).all()
+    if not rows:
+        return None
+    loss = sum(row.loss * row.weight for row in rows) / sum(row.weight for row in rows)
+    return {
+        "version": version,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "tokens": sum(row.tokens for row in rows),
+        "unix": max(row.unix for row in rows),
+        "sources": [
+            {
+                "source": row.source,
+                "loss": row.loss,
+                "perplexity": perplexity(row.loss),
+                "tokens": row.tokens,
+                "weight": row.weight,
+            }
+            for row in rows
+        ],
+    }
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(loss); None where that is no number that anybody would read."""
+    return math.exp(loss) if 0 <= loss < 50 else None
+
+
+def _heldout(session: Session, run_id: str) -> dict[str, Any] | None:
+    newest = session.scalar(select(func.max(Evaluation.version)).where(Evaluation.run_id == run_id))
+    return None if newest is None else evaluation_of(session, run_id, newest)
 
 
 def _row(

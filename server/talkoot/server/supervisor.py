@@ -1,6 +1,7 @@
 """Starts, watches and restarts the parts of a coordinator, and keeps the round loop submitted.
 
-Parts: the SuperLink (Flower's own program), the gateway and the transfer service. The round loop is
+Parts: the SuperLink (Flower's own program), the gateway, the transfer
+service and the evaluator. The round loop is
 a ServerApp, which the SuperLink starts; the supervisor submits it and submits it again when Flower
 says that its run has ended while ours has not. Every part may die at any time: a part that dies is
 started again after a pause that grows with every early death.
@@ -97,6 +98,11 @@ class Part:
         return lines[-1][:300] if lines else ""
 
 
+def _optional(coordinator: Coordinator) -> tuple[str, ...]:
+    """Parts that the operator may switch off."""
+    return ("evaluator",) if coordinator.config.evaluation.every else ()
+
+
 class Supervisor:
     """Runs one coordinator in the foreground.
 
@@ -149,7 +155,7 @@ class Supervisor:
                     env,
                     state.logs / f"{name}.out.log",
                 )
-                for name in ("gateway", "transfer")
+                for name in ("gateway", "transfer", *_optional(coordinator))
             ),
         ]
         self._control = ControlApi(network.superlink_port, coordinator.ca_pem)

@@ -48,11 +48,26 @@ def print_status(document: dict[str, Any]) -> None:
         f"{format_count(document['tokens_committed'])} tokens committed, "
         f"loss {'—' if loss is None else f'{loss:.4f}'}"
     )
+    print_heldout(document["heldout"])
     print_nodes(document["nodes"])
     print_rounds(document["history"])
     for event in document["events"][-8:]:
         told = escape(printable(event["sentence"]))
         console.print(f"[dim]{_ago(event['unix']):>12}[/dim]  {told}", highlight=False)
+
+
+def print_heldout(found: dict[str, Any] | None) -> None:
+    """The newest evaluation, one line."""
+    if found is None:
+        return
+    sources = found["sources"]
+    parts = ", ".join(f"{escape(printable(s['source']))} {s['loss']:.4f}" for s in sources)
+    Console().print(
+        f"held-out loss of version {found['version']}: [bold]{found['loss']:.4f}[/bold]"
+        + (f" (perplexity {found['perplexity']:.4g})" if found["perplexity"] else "")
+        + (f"; {parts}" if len(sources) > 1 else ""),
+        highlight=False,
+    )
 
 
 def print_nodes(nodes: Sequence[dict[str, Any]]) -> None:
@@ -130,12 +145,15 @@ def print_rounds(history: Sequence[dict[str, Any]]) -> None:
     if not history:
         console.print("No round is published yet.")
         return
-    table = Table("round", "loss", "tokens", "nodes", "up", "update", "seconds", box=None)
+    table = Table(
+        "round", "loss", "held-out", "tokens", "nodes", "up", "update", "seconds", box=None
+    )
     table.add_column("why it closed", overflow="fold")
     for row in history:
         table.add_row(
             str(row["round"]),
             "—" if row["loss"] is None else f"{row['loss']:.4f}",
+            "—" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}",
             format_count(row["tokens"]),
             str(row["contributions"]),
             format_count(row["bytes_up"]) + "B",

@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_REVISION = "0003"
+SCHEMA_REVISION = "0004"
 """The newest Alembic revision that this code understands."""
 
 
@@ -291,3 +291,19 @@ class Event(Base):
     unix: Mapped[float]
     kind: Mapped[str] = mapped_column(String(32))
     sentence: Mapped[str]
+
+
+class Evaluation(Base):
+    """The held-out loss of a published version on one source of the corpus."""
+
+    __tablename__ = "evaluations"
+    run_id: Mapped[str] = mapped_column(String(63), ForeignKey("runs.run_id"), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    source: Mapped[str] = mapped_column(String(256), primary_key=True)
+    loss: Mapped[float]
+    """Mean cross-entropy, nats per token."""
+    tokens: Mapped[int]
+    """That were looked at."""
+    weight: Mapped[float]
+    """The source's share of the held-out text."""
+    unix: Mapped[float]
