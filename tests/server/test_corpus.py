@@ -36,7 +36,7 @@ from talkoot.server.sources import (
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 EOS = ByteTokenizer.eos_id
-FILES = ("manifest.json", "blocks.idx", "tokens.bin", "heldout.bin")
+FILES = ("manifest.json", "blocks.idx", "tokens.bin", "heldout.bin", "heldout.src")
 
 
 def build(
