@@ -4,7 +4,7 @@ SQLite is the default, PostgreSQL comes by URL. Several processes write (gateway
 round loop, command line), so every write takes the database's lock at its beginning: on SQLite
 ``BEGIN IMMEDIATE``, which waits its turn instead of failing half-way; on PostgreSQL an advisory
 lock, so that what is true of one is true of the other: nobody writes between our read and our
-write. A read sees one moment (ADR 17).
+write. A read sees one moment (docs/durability.md).
 """
 
 from __future__ import annotations
