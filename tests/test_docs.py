@@ -70,9 +70,9 @@ def test_each_link_within_the_repository_leads_somewhere(page: Path) -> None:
     assert broken == []
 
 
-def test_each_decision_is_numbered_once_and_without_a_gap() -> None:
+def test_each_decision_is_numbered_once() -> None:
     numbers = [int(page.name[:4]) for page in sorted((ROOT / "docs" / "adr").glob("*.md"))]
-    assert numbers == list(range(len(numbers)))
+    assert len(set(numbers)) == len(numbers)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "adr").glob("000[1-9]*.md")), ids=name_of)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ from talkoot.protocol.messages import (
     canonical_bytes,
     parse,
 )
+from talkoot.server.config import MirrorsSection
 from talkoot.server.desk import Desk
 from talkoot.sims.in_process import InProcessCoordinator, lease_of, nano_state, task_of
 
@@ -470,3 +475,37 @@ def test_under_a_stock_supernode_the_last_report_says_that_silence_follows(
     assert "stock" in leased_to_in_an_hour()
     with DirectoryLock(home.root, who="test"):
         pass
+
+
+def test_mirrors_of_the_signed_list_are_asked_first_and_one_that_stays_away_costs_nothing(
+    rig: Rig, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    class Static(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            asked.append(self.path)
+
+    copy = tmp_path / "copy"
+    shutil.copytree(rig.site.coordinator.state.store, copy)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Static, directory=str(copy)))
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    urls = ("http://127.0.0.1:9/nobody", f"http://127.0.0.1:{server.server_port}")
+    config = rig.site.coordinator.config
+    object.__setattr__(
+        rig.site.coordinator,
+        "config",
+        config.model_copy(update={"mirrors": MirrorsSection(urls=urls)}),
+    )
+    try:
+        shutil.rmtree(rig.home.store)
+        worker = rig.again()
+        worker.prepare()
+        assert worker.transfer.mirrors.bytes_received > 0
+        assert len(asked) >= 3  # model, manifest, corpus manifest
+        assert worker.execute(rig.lease()).accepted
+    finally:
+        server.shutdown()
+        server.server_close()
+        object.__setattr__(rig.site.coordinator, "config", config)
+        rig.again()

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from tests.data_plane import Network, Shelf
 
+from talkoot.protocol.artifacts import ArtifactStore
 from talkoot.protocol.codec import encode_tensor
 from talkoot.protocol.errors import UnavailableError
 from talkoot.protocol.identity import NodeKey, make_csr
@@ -364,3 +366,14 @@ def make_site(
 def site(make_site: Callable[[], Site]) -> Site:
     """One coordinator without nodes."""
     return make_site()
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Network]:
+    """A data plane on loopback (``tests/data_plane.py``)."""
+    net = Network(Shelf(ArtifactStore(tmp_path / "server")), tmp_path)
+    net.start()
+    yield net
+    for close in net.closing:
+        close()
+    net.stop()

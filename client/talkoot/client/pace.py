@@ -54,7 +54,8 @@ class TransferOptions:
     attempts: int = 10  # in a row that move nothing, before giving up
     first_delay_seconds: float = 0.5  # after the first; doubles
     max_delay_seconds: float = 30.0
-    stall_seconds: float = 120.0  # a stream that moves nothing for so long is begun anew
+    stall_seconds: float = 120.0  # a stream that moves nothing for so long is begun anew; a slow
+    # one that moves is never cut off, however long it takes
     call_seconds: float = 60.0  # deadline of a short call
     judge_seconds: float = 600.0  # of a call that has the coordinator check a payload
 
@@ -153,11 +154,27 @@ class Watch:
     """Ends a blocked call when its caller wants to stop, or when it stalls. A context manager.
 
     gRPC's iterators block without a timeout, so another thread has to look.
+
+    Args:
+        cancel: ends the call.
+        should_stop: whether the caller wants it to end.
+        stall_seconds: without a move for so long it ends, too.
+        reached: asked when nothing has moved here for a while: how far the *other* side is, or
+            None when that cannot be told; and how far it was at the beginning. Megabytes wait in
+            buffers on their way up, and on a slow line the receiver goes on for minutes while the
+            sender sees nothing happen.
     """
 
     def __init__(
-        self, cancel: Callable[[], object], should_stop: StopSignal, stall_seconds: float
+        self,
+        cancel: Callable[[], object],
+        should_stop: StopSignal,
+        stall_seconds: float,
+        reached: tuple[Callable[[], int | None], int] | None = None,
     ) -> None:
+        self._reached: Callable[[], int | None] | None
+        self._reached, self._seen = reached or (None, 0)
+        self._asking: threading.Thread | None = None
         self._cancel = cancel
         self._should_stop = should_stop
         self._stall_seconds = stall_seconds
@@ -178,13 +195,32 @@ class Watch:
             self.touch()
             time.sleep(min(left, POLL_SECONDS))
 
+    def _ask(self) -> None:
+        """Count what the other side received as a move."""
+        assert self._reached is not None
+        now_at = self._reached()
+        if now_at is not None and now_at > self._seen:
+            self.touch()
+            self._seen = now_at
+
     def _look(self) -> None:
+        asked = time.monotonic()
         while not self._done.wait(POLL_SECONDS):
             self.stopped = self._should_stop()
-            self.stalled = time.monotonic() - self._moved > self._stall_seconds
+            now = time.monotonic()
+            self.stalled = now - self._moved > self._stall_seconds
             if self.stopped or self.stalled:
                 self._cancel()
                 return
+            silent = now - max(asked, self._moved) > self._stall_seconds / 4
+            if self._reached is not None and silent:
+                asked = now
+                if self._asking is None or not self._asking.is_alive():
+                    # The answer may be slow itself; it must not keep us from looking.
+                    self._asking = threading.Thread(
+                        target=self._ask, name="transfer-ask", daemon=True
+                    )
+                    self._asking.start()
 
     def __enter__(self) -> Watch:
         self._thread.start()

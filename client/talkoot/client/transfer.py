@@ -1,7 +1,8 @@
 """The data plane's client: fetch and push artifacts over any line that works now and then.
 
 A dropped connection costs the bytes in flight and no more. What arrives is verified against its
-digest before it has a name. Trust comes from the pinned CA, not from the address.
+digest before it has a name. Trust comes from the pinned CA, not from the address. Progress decides
+when a transfer is given up, never the clock: a slow line that moves is left alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Final, TypeVar
 
 import grpc
 
+from talkoot.client.mirrors import MirrorFetcher, MirrorLimits
 from talkoot.client.pace import (
     Meter,
     Patience,
@@ -35,6 +37,8 @@ from talkoot.protocol.errors import (
     UnavailableError,
 )
 from talkoot.protocol.files import explain_os_error
+from talkoot.protocol.flow import SMALLEST, ChunkPace
+from talkoot.protocol.ingest import BAD_PIECE, Ingest
 from talkoot.protocol.messages import (
     ArtifactRef,
     NodeReport,
@@ -44,6 +48,7 @@ from talkoot.protocol.messages import (
     canonical_bytes,
     parse,
 )
+from talkoot.protocol.pieces import Pieces
 from talkoot.protocol.refusals import from_status
 from talkoot.protocol.wire.transfer_pb2 import (
     Envelope,
@@ -65,15 +70,16 @@ SERVER_NAME: Final = "talkoot-coordinator"
 """The name in the coordinator's certificate."""
 FETCH_OWNER: Final = "fetch"
 """Whose parts downloads are, in the store's ``incoming``."""
-MIN_CHUNK: Final = 16 * limits.KIB
 
 OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_receive_message_length", limits.MAX_TRANSFER_MESSAGE),
     ("grpc.max_send_message_length", limits.MAX_TRANSFER_MESSAGE),
     # Nothing of ours compresses on this layer, so nothing of a peer's is decompressed.
     ("grpc.per_message_decompression", 0),
+    # For NAT tables. An answer may have to queue behind megabytes on a slow line, so a missing one
+    # ends the connection late; stalls are noticed by `Watch`.
     ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 300_000),
     # Our own back-off decides when to try; the channel must be ready to by then.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
@@ -81,8 +87,17 @@ OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 )
 
 
+MESSAGE_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
+    *OPTIONS,
+    # A connection of its own: a report must not wait behind what a slow upload has in its buffers.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
 class TransferClient:
-    """One connection to the coordinator's data plane. Thread-safe; close it when done.
+    """A node's way to the coordinator's data plane. Thread-safe; close it when done.
+
+    Bulk and messages have a connection each, which opens when it is first needed.
 
     Every method raises what the coordinator answered, as the same class with the same code
     (:class:`RefusedError`, :class:`ProtocolError`, :class:`CapacityError` …), and
@@ -96,6 +111,7 @@ class TransferClient:
         server_name: the name that the server's certificate must carry; None: that of ``address``.
         meter: counts the bytes of artifacts and messages.
         options: rates, patience, deadlines.
+        mirror_limits: when to leave a mirror for the next.
     """
 
     def __init__(
@@ -108,6 +124,7 @@ class TransferClient:
         server_name: str | None = SERVER_NAME,
         meter: Meter,
         options: TransferOptions | None = None,
+        mirror_limits: MirrorLimits | None = None,
     ) -> None:
         self._peer = f"the coordinator's data plane at {address}"
         self._meter = meter
@@ -116,14 +133,29 @@ class TransferClient:
         self._down = RateLimit(self._options.max_rate_down)
         credentials = grpc.ssl_channel_credentials(ca_pem, key_pem, cert_pem)
         override = () if server_name is None else (("grpc.ssl_target_name_override", server_name),)
-        self._channel = grpc.secure_channel(address, credentials, options=OPTIONS + override)
+        self._channel = grpc.secure_channel(
+            address, credentials, options=MESSAGE_OPTIONS + override
+        )
         self._stub = TransferStub(self._channel)
+        self._bulk_channel = grpc.secure_channel(address, credentials, options=OPTIONS + override)
+        self._bulk = TransferStub(self._bulk_channel)
+        self._mirrors = MirrorFetcher(
+            lambda watch, amount: self._account(watch, down=amount),
+            self._options.max_rate_down,
+            mirror_limits,
+        )
         self._closed = False
 
     def close(self) -> None:
-        """Drop the connection; transfers that run end with :class:`Stopped`."""
+        """Drop the connections; transfers that run end with :class:`Stopped`."""
         self._closed = True
         self._channel.close()
+        self._bulk_channel.close()
+
+    @property
+    def mirrors(self) -> MirrorFetcher:
+        """Where artifacts are asked for before the coordinator is; nowhere, to begin with."""
+        return self._mirrors
 
     def __enter__(self) -> TransferClient:
         return self
@@ -148,8 +180,9 @@ class TransferClient:
     ) -> Path:
         """Bring an artifact into ``store`` and return its path; at once if it is there.
 
-        Goes on where an earlier attempt, or an earlier process, ended. If the bytes turn out wrong
-        and some of them were there before, they are fetched once more from the start.
+        Mirrors are asked first, as far as there are any (:attr:`mirrors`). Goes on where an earlier
+        attempt, or an earlier process, ended. If the bytes turn out wrong and some of them were
+        there before, they are fetched once more.
 
         Raises:
             UnavailableError: ``options.attempts`` attempts in a row moved no byte.
@@ -165,35 +198,58 @@ class TransferClient:
             nonlocal resumed
             if store.has(ref.digest):
                 return _stored(ref, store)
-            with store.ingest(FETCH_OWNER, ref.digest, ref.size_bytes) as ingest:
-                first = ingest.offset()
-                resumed = first > 0
-                reached(first)
-                if first < ref.size_bytes or ref.size_bytes == 0:
-                    try:
-                        call = self._stub.Fetch(FetchRequest(digest=ref.digest, offset=first))
-                    except ValueError as err:  # gRPC's answer to a call on a closed channel
-                        raise Stopped from err
-                    with Watch(call.cancel, stop, self._options.stall_seconds) as watch:
-                        try:
-                            for chunk in call:
-                                _check_chunk(chunk, ref)
-                                reached(ingest.append(ingest.offset(), chunk.data))
-                                self._account(watch, down=len(chunk.data))
-                                if on_progress is not None:
-                                    on_progress(ingest.offset(), ref.size_bytes)
-                        except grpc.RpcError as err:
-                            raise self._broken(err, watch) from err
-                        except IntegrityError:
-                            ingest.discard()
-                            raise
-                        finally:
-                            call.cancel()
-                if ingest.offset() < ref.size_bytes:
-                    raise UnavailableError(f"{self._peer} ended a transfer early: try again.")
+            pieces = self._pieces(ref) if self._mirrors.usable() else None
+            with store.ingest(FETCH_OWNER, ref.digest, ref.size_bytes, pieces) as ingest:
+                resumed = ingest.offset() > 0
+                reached(ingest.offset())
+
+                def moved(offset: int) -> None:
+                    reached(offset)
+                    if on_progress is not None:
+                        on_progress(offset, ref.size_bytes)
+
+                if pieces is not None:
+                    self._mirrors.fetch(ref, ingest, moved, stop)
+                    wait(0, stop)
+                if ingest.offset() < ref.size_bytes or ref.size_bytes == 0:
+                    self._fetch_into(ingest, ref, moved, stop)
                 return ingest.finish()
 
         return self._persist(attempt, lambda: resumed, stop)
+
+    def _fetch_into(
+        self, ingest: Ingest, ref: ArtifactRef, moved: Callable[[int], None], stop: StopSignal
+    ) -> None:
+        """Take the rest of an artifact from the coordinator."""
+        try:
+            call = self._bulk.Fetch(FetchRequest(digest=ref.digest, offset=ingest.offset()))
+        except ValueError as err:  # gRPC's answer to a call on a closed channel
+            raise Stopped from err
+        with Watch(call.cancel, stop, self._options.stall_seconds) as watch:
+            try:
+                for chunk in call:
+                    _check_chunk(chunk, ref)
+                    moved(ingest.append(ingest.offset(), chunk.data))
+                    self._account(watch, down=len(chunk.data))
+            except grpc.RpcError as err:
+                raise self._broken(err, watch) from err
+            except IntegrityError as err:
+                if err.code != BAD_PIECE:
+                    ingest.discard()
+                raise
+            finally:
+                call.cancel()
+        if ingest.offset() < ref.size_bytes:
+            raise UnavailableError(f"{self._peer} ended a transfer early: try again.")
+
+    def _pieces(self, ref: ArtifactRef) -> Pieces:
+        """The coordinator's word on each piece of an artifact, to hold mirrors against."""
+        if ref.size_bytes <= limits.PIECE:  # one piece, and its digest is the artifact's
+            return Pieces(ref.size_bytes, bytes.fromhex(ref.digest) if ref.size_bytes else b"")
+        request = FetchRequest(digest=ref.digest)
+        told = self._call(self._stub.Pieces, request, self._options.judge_seconds)
+        _check_size(told.total_size, ref)
+        return Pieces(ref.size_bytes, told.digests)
 
     def push(
         self,
@@ -242,12 +298,23 @@ class TransferClient:
         stop: StopSignal,
     ) -> PushState:
         rate = self._up.rate
-        size = limits.TRANSFER_CHUNK
+        largest = limits.TRANSFER_CHUNK
         if rate is not None:  # several chunks a second, so that a limit is a flow and not bursts
-            size = min(size, max(MIN_CHUNK, int(rate / 8)))
+            largest = min(largest, max(SMALLEST, int(rate / 8)))
         running: list[grpc.Future[PushState]] = []
+        status = PushStatusRequest(lease_id=lease_id, digest=ref.digest, size=ref.size_bytes)
+
+        def there() -> int | None:
+            try:
+                return self._call(self._stub.PushStatus, status, self._options.call_seconds).offset
+            except TalkootError:
+                return None
+
         watch = Watch(
-            lambda: [call.cancel() for call in running], stop, self._options.stall_seconds
+            lambda: [call.cancel() for call in running],
+            stop,
+            self._options.stall_seconds,
+            (there, offset),
         )
         # The generator runs in gRPC's thread, which tells of its errors as UNKNOWN.
         failure: list[Exception] = []
@@ -259,13 +326,13 @@ class TransferClient:
 
         def chunks() -> Iterator[PushChunk]:
             try:
-                yield from _chunks(offset, size, lease_id, ref, path, sent)
+                yield from _chunks(offset, largest, lease_id, ref, path, sent)
             except Exception as err:
                 failure.append(err)
                 raise
 
         try:
-            call = self._stub.Push.future(chunks())
+            call = self._bulk.Push.future(chunks())
         except ValueError as err:  # gRPC's answer to a call on a closed channel
             raise Stopped from err
         running.append(call)
@@ -359,6 +426,10 @@ class TransferClient:
         """The signed RunSpec. The caller verifies the signature."""
         return parse(Signed, self._send(self._stub.GetRun, b""))
 
+    def mirror_list(self) -> Signed:
+        """The signed MirrorList. The caller verifies the signature."""
+        return parse(Signed, self._send(self._stub.GetMirrors, b""))
+
     def task(self) -> Signed | None:
         """The signed RoundTask that is open for this node, or None. The caller verifies it."""
         try:
@@ -408,12 +479,16 @@ def _stored(ref: ArtifactRef, store: ArtifactStore) -> Path:
     return store.path(ref.digest)
 
 
-def _check_chunk(chunk: FetchChunk, ref: ArtifactRef) -> None:
-    if chunk.total_size != ref.size_bytes:
+def _check_size(total_size: int, ref: ArtifactRef) -> None:
+    if total_size != ref.size_bytes:
         raise IntegrityError(
             f"Artifact {ref.digest} was announced with {ref.size_bytes} bytes and is served with "
-            f"{chunk.total_size}: it is not what was announced."
+            f"{total_size}: it is not what was announced."
         )
+
+
+def _check_chunk(chunk: FetchChunk, ref: ArtifactRef) -> None:
+    _check_size(chunk.total_size, ref)
     if len(chunk.data) > limits.TRANSFER_CHUNK:
         raise ProtocolError(
             f"A chunk of {len(chunk.data)} bytes is over the cap of {limits.TRANSFER_CHUNK}.",
@@ -431,21 +506,27 @@ def _check_file(ref: ArtifactRef, path: Path) -> None:
 
 def _chunks(
     offset: int,
-    size: int,
+    largest: int,
     lease_id: str,
     ref: ArtifactRef,
     path: Path,
     sent: Callable[[int, int], None],
 ) -> Iterator[PushChunk]:
     """The file from ``offset`` on; the first chunk names it. ``sent(bytes, offset after them)``."""
+    pace = ChunkPace(time.monotonic(), largest)
     with path.open("rb") as file:
         file.seek(offset)
         yield PushChunk(
             lease_id=lease_id, digest=ref.digest, size=ref.size_bytes, offset=offset, data=b""
         )
-        while offset < ref.size_bytes and (data := file.read(min(size, ref.size_bytes - offset))):
+        while offset < ref.size_bytes:
+            size = pace.size(time.monotonic())
+            data = file.read(min(size, ref.size_bytes - offset))
+            if not data:
+                return
             yield PushChunk(offset=offset, data=data)
             offset += len(data)
+            pace.took(len(data))
             sent(len(data), offset)
 
 

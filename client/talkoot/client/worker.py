@@ -39,6 +39,7 @@ from talkoot.protocol.messages import (
     ArtifactRef,
     Capability,
     Contribution,
+    MirrorList,
     NodeReport,
     NodeReportReply,
     Proof,
@@ -60,6 +61,8 @@ MAX_RETRY_SECONDS = 5.0
 MAX_TRAINER_DEATHS = 3
 """In one lease; a node that cannot hold on gives the lease back."""
 REPLICA_DIFFERS = "replica-differs"
+MIRROR_LIST_SECONDS = 600.0
+"""For so long a list of mirrors is good."""
 DISK_FULL = "disk-full"
 """Of this machine, or of the coordinator's."""
 
@@ -102,6 +105,7 @@ class Worker:
         self._corpus: CorpusManifest | None = None
         self._index = b""
         self._started_unix = time.time()
+        self._mirrors_until = 0.0  # monotonic seconds
         self._stop = threading.Event()
         self._closed_leases: set[str] = set()
         # What the reporter tells; single assignments, read by another thread.
@@ -182,7 +186,23 @@ class Worker:
         self._corpus = corpus
         self._spec = spec
 
+    def _learn_mirrors(self) -> None:
+        """Ask who else has artifacts; without an answer those that are known stay."""
+        if time.monotonic() < self._mirrors_until:
+            return
+        try:
+            told = verify(
+                self.transfer.mirror_list(), "MirrorList", self._coordinator_key, MirrorList
+            )
+        except (UnavailableError, ProtocolError) as err:
+            log.info("mirrors: %s", err.sentence)
+            return
+        self._mirrors_until = time.monotonic() + MIRROR_LIST_SECONDS
+        if self._spec is None or told.run_id == self._spec.run_id:
+            self.transfer.mirrors.mirrors.replace(told.urls)
+
     def _fetch(self, ref: ArtifactRef) -> Path:
+        self._learn_mirrors()
         return self.transfer.fetch(ref, self._store, should_stop=self.should_stop)
 
     def _fetch_json(self, ref: ArtifactRef) -> Path:

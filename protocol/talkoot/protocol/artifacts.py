@@ -22,6 +22,7 @@ from talkoot.protocol.ingest import (
     PART_SUFFIX,
     READ_BYTES,
     Ingest,
+    PieceList,
     check_digest,
     check_size,
     remove_if_free,
@@ -218,9 +219,11 @@ class ArtifactStore:
         except OSError as err:
             raise explain_os_error(err, "storing an artifact", path) from err
 
-    def ingest(self, owner: str, digest: str, size: int) -> Ingest:
+    def ingest(self, owner: str, digest: str, size: int, pieces: PieceList | None = None) -> Ingest:
         """Receive an artifact into this store; see :class:`Ingest` for what it raises."""
-        return Ingest(self.incoming, owner, digest, size, destination=self.path(digest))
+        return Ingest(
+            self.incoming, owner, digest, size, destination=self.path(digest), pieces=pieces
+        )
 
     def sweep(self, keep: Set[str], *, older_than_unix: float | None = None) -> Swept:
         """Delete every artifact whose digest is not in ``keep``, and what dead writers left behind.

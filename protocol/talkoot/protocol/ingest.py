@@ -2,7 +2,9 @@
 
 The bytes gather in ``<directory>/<owner>/<digest>.part``. The part's length is the only state, so a
 process may die at any moment: the next one goes on where the file ends. Nothing counts as received
-before the whole file hashes to its name.
+before the whole file hashes to its name; it is hashed as it comes, and only what an earlier process
+left is read again. With a list of pieces (``pieces.py``) wrong bytes are noticed, and dropped, as
+soon as their piece is complete.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import re
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from talkoot.protocol import limits
 from talkoot.protocol.errors import (
@@ -27,6 +30,9 @@ from talkoot.protocol.files import explain_os_error, fsync_dir
 READ_BYTES = 4 * limits.MIB
 """One read of a file that is hashed or copied."""
 PART_SUFFIX = ".part"
+
+BAD_PIECE = "bad-piece"
+"""Code of the :class:`IntegrityError` for a piece that is not what the list says."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _OWNER = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -154,6 +160,16 @@ def remove_if_free(path: Path) -> bool:
     return True
 
 
+class PieceList(Protocol):
+    """What is known of an artifact's pieces (``pieces.Pieces``)."""
+
+    def digest(self, number: int) -> bytes:
+        """The SHA-256 (32 bytes) of a piece."""
+
+    def end(self, number: int) -> int:
+        """The offset at which a piece ends."""
+
+
 class Ingest:
     """Receive one artifact of claimed digest and size (bytes), from any offset that it reached.
 
@@ -176,6 +192,7 @@ class Ingest:
         size: int,
         *,
         destination: Path | None = None,
+        pieces: PieceList | None = None,
     ) -> None:
         base = owner_directory(directory, owner)
         self.digest = check_digest(digest)
@@ -187,10 +204,12 @@ class Ingest:
         try:
             base.mkdir(parents=True, exist_ok=True)
             self._fd = self._open_locked()
-            self._offset = os.fstat(self._fd).st_size
-            if self._offset > size:
-                os.ftruncate(self._fd, 0)
-                self._offset = 0
+            self._offset = 0
+            self._pieces = pieces
+            self._whole_hash = hashlib.sha256()
+            self._rewind = self._whole_hash.copy()  # as of the beginning of the piece under way
+            self._piece_hash = hashlib.sha256()
+            self._take_up(os.fstat(self._fd).st_size)
             self._check_room()
         except OSError as err:
             self.close()
@@ -232,6 +251,50 @@ class Ingest:
                 path.replace(self._part)
             return fd
 
+    def _take_up(self, have: int) -> None:
+        """Hash what an earlier process left; what is known to be wrong is dropped."""
+        if have > self.size:
+            os.ftruncate(self._fd, 0)
+            return
+        while self._offset < have:
+            data = os.pread(self._fd, min(READ_BYTES, have - self._offset), self._offset)
+            if not data:
+                return
+            try:
+                self._absorb(data)
+            except IntegrityError:
+                return
+
+    def _absorb(self, data: bytes | memoryview) -> None:
+        """Hash bytes that are in the file, from ``self._offset`` on, and move on behind them."""
+        if self._pieces is None:
+            self._whole_hash.update(data)
+            self._offset += len(data)
+            return
+        view = memoryview(data)
+        while view:
+            number = self._offset // limits.PIECE
+            end = self._pieces.end(number)
+            part = view[: end - self._offset]
+            self._whole_hash.update(part)
+            self._piece_hash.update(part)
+            self._offset += len(part)
+            view = view[len(part) :]
+            if self._offset < end:
+                return
+            wrong = self._piece_hash.digest() != self._pieces.digest(number)
+            self._piece_hash = hashlib.sha256()
+            if wrong:
+                self._offset = number * limits.PIECE
+                self._whole_hash = self._rewind.copy()
+                os.ftruncate(self._fd, self._offset)
+                raise IntegrityError(
+                    f"Bytes {self._offset} to {end} of {self.digest} are not what they should be: "
+                    "they were dropped, and have to be transferred again.",
+                    code=BAD_PIECE,
+                )
+            self._rewind = self._whole_hash.copy()
+
     def _check_room(self) -> None:
         disk = os.fstatvfs(self._fd)
         free = disk.f_bavail * disk.f_frsize
@@ -255,6 +318,8 @@ class Ingest:
         Raises:
             ProtocolError: ``offset`` is not :meth:`offset` (code ``wrong-offset``), or ``data``
                 would pass the claimed size (code ``too-large``).
+            IntegrityError: a piece is complete and wrong (code ``bad-piece``); the part ends before
+                it now.
             CapacityError: the disk is full.
             StateError: the part cannot be written.
         """
@@ -272,7 +337,7 @@ class Ingest:
         except OSError as err:
             os.ftruncate(self._fd, offset)
             raise explain_os_error(err, "receiving an artifact", self._part) from err
-        self._offset += len(data)
+        self._absorb(data)
         return self._offset
 
     def finish(self) -> Path:
@@ -292,12 +357,12 @@ class Ingest:
                 code="incomplete",
             )
         try:
-            digest, size = _sha256_fd(self._fd)
-            if (digest, size) != (self.digest, self.size):
+            digest = self._whole_hash.hexdigest()
+            if digest != self.digest or os.fstat(self._fd).st_size != self.size:
                 self.discard()
                 raise IntegrityError(
-                    f"The {size} bytes that arrived as {self.digest} hash to {digest}: they were "
-                    "damaged or are something else, and were deleted; transfer them again."
+                    f"The {self.size} bytes that arrived as {self.digest} hash to {digest}: they "
+                    "were damaged or are something else, and were deleted; transfer them again."
                 )
             os.fsync(self._fd)
             self._destination.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,8 @@ MAX_CONTROL_MESSAGE: Final = 64 * KIB
 """One message through the SuperLink, and one request or reply body of the gateway."""
 MAX_UPDATE_CHAIN: Final = 256
 """Updates that one version reference names; with the blocks of a lease they fit a message."""
+MAX_MIRRORS: Final = 16
+MAX_URL_CHARS: Final = 512
 MAX_NAME_CHARS: Final = 64
 MAX_CSR: Final = 8 * KIB
 MAX_SENTENCE_CHARS: Final = 2_000
@@ -30,6 +32,8 @@ TRANSFER_CHUNK: Final = 1 * MIB
 """Bytes in one streamed gRPC message."""
 MAX_TRANSFER_MESSAGE: Final = TRANSFER_CHUNK + 64 * KIB
 """Largest gRPC message that either side accepts."""
+PIECE: Final = 16 * MIB
+"""Bytes that are verified at a time while an artifact streams in (``pieces.py``)."""
 MAX_ARTIFACT: Final = 64 * GIB
 """Any single artifact: a dense fp32 checkpoint of a 7B-class model (28 GB) and room to grow."""
 MAX_JSON_ARTIFACT: Final = 16 * MIB

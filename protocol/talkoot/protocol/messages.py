@@ -153,6 +153,24 @@ class RunSpec(Message):
     seed: Count = 0
 
 
+MirrorUrl = Annotated[
+    str,
+    Field(
+        max_length=limits.MAX_URL_CHARS,
+        pattern=r"^https?://[A-Za-z0-9._~:\[\]-]{1,255}(/[A-Za-z0-9._~!$&'()*+,;=:%-]+)*/?$",
+    ),
+]
+"""Where artifacts are, each under ``/ab/cdef…`` of its digest. No user, query or fragment."""
+
+
+class MirrorList(Message):
+    """Where artifacts may be fetched besides the coordinator; signed. The first is asked first."""
+
+    run_id: RunId
+    urls: Annotated[tuple[MirrorUrl, ...], Field(max_length=limits.MAX_MIRRORS)]
+    issued_unix: Seconds
+
+
 # Enrolment and admission ----------------------------------------------------------------------
 
 

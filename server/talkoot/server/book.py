@@ -563,27 +563,34 @@ class Book:
         with self._c.ledger.write() as session:
             note(session, kind, sentence)
 
+    def served_digests(self, keep_checkpoints: int) -> list[str]:
+        """Artifacts that a node may ask for, blocks aside; the newest first after the documents."""
+        with self._c.ledger.read() as session:
+            return self._served(session, keep_checkpoints)
+
+    def _served(self, session: Session, keep_checkpoints: int) -> list[str]:
+        versions = session.scalars(
+            select(Version).where(Version.run_id == self._c.run_id).order_by(Version.version.desc())
+        ).all()
+        spec = self._c.spec
+        served = [spec.model.digest, spec.manifest.digest, spec.corpus.digest]
+        checkpoints = 0
+        for version in versions:
+            if version.update_digest:
+                served.append(version.update_digest)
+            if version.checkpoint_digest:
+                served.append(version.checkpoint_digest)
+                checkpoints += 1
+                if checkpoints >= keep_checkpoints:
+                    break
+        # However few checkpoints are kept: tasks name these updates.
+        served += [update.digest for update in self.version_ref(session, versions[0]).updates]
+        return list(dict.fromkeys(served))
+
     def kept_digests(self, keep_checkpoints: int) -> set[str]:
         """Artifacts that somebody may still ask for, or that an unpublished round still needs."""
         with self._c.ledger.read() as session:
-            versions = session.scalars(
-                select(Version)
-                .where(Version.run_id == self._c.run_id)
-                .order_by(Version.version.desc())
-            ).all()
-            spec = self._c.spec
-            kept = {spec.model.digest, spec.manifest.digest, spec.corpus.digest}
-            checkpoints = 0
-            for version in versions:
-                if version.update_digest:
-                    kept.add(version.update_digest)
-                if version.checkpoint_digest:
-                    kept.add(version.checkpoint_digest)
-                    checkpoints += 1
-                    if checkpoints >= keep_checkpoints:
-                        break
-            # However few checkpoints are kept: tasks name these updates.
-            kept.update(update.digest for update in self.version_ref(session, versions[0]).updates)
+            kept = set(self._served(session, keep_checkpoints))
             kept.update(
                 session.scalars(
                     select(ContributionRecord.payload_digest).where(

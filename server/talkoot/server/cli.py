@@ -25,6 +25,9 @@ app = typer.Typer(
 nodes_app = typer.Typer(help="See, approve and ban nodes.", no_args_is_help=True)
 app.add_typer(nodes_app, name="nodes")
 
+store_app = typer.Typer(help="The object store that artifacts are copied to.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
 State = Annotated[
     Path, typer.Option("--state", help="The state directory.", envvar="TALKOOT_STATE_DIR")
 ]
@@ -284,6 +287,40 @@ def nodes_pardon(
     found = find_node(_registry(coordinator).nodes(), node)
     Belief(coordinator).pardon(found.node_id, now=time.time())
     typer.echo(f"{found.name} ({found.node_id}) is pardoned, and on probation.")
+
+
+@store_app.command("copy")
+def store_copy(state: State = DEFAULT_STATE) -> None:
+    """Copy to it what it lacks, now; 'serve' does so by itself."""
+    from talkoot.server.copier import Copier, open_store
+
+    coordinator = _open(state)
+    done = Copier(coordinator, open_store(coordinator)).turn()
+    typer.echo(f"{done.objects} objects copied ({done.bytes} bytes), {done.present} were there.")
+
+
+@store_app.command("verify")
+def store_verify(
+    state: State = DEFAULT_STATE,
+    url: Annotated[
+        str | None, typer.Option(help="A store or mirror to read instead of store.url.")
+    ] = None,
+) -> None:
+    """Read back what nodes may ask for (blocks aside) and compare it with its digests."""
+    from talkoot.protocol.errors import IntegrityError
+    from talkoot.server.copier import open_store, verify_store
+    from talkoot.server.objects import ObjectStore
+
+    coordinator = _open(state)
+    store = open_store(coordinator) if url is None else ObjectStore(url)
+    right, missing, wrong = verify_store(coordinator, store, typer.echo)
+    typer.echo(f"{right} right, {missing} missing, {wrong} wrong.")
+    if missing or wrong:
+        raise IntegrityError(
+            f"{store.url} does not hold all that it should: run 'store copy', or serve, and look "
+            "again.",
+            code="store-differs",
+        )
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from talkoot.protocol import limits
 from talkoot.protocol.errors import ConfigError
-from talkoot.protocol.messages import CodecSpec, InnerSpec
+from talkoot.protocol.messages import CodecSpec, InnerSpec, MirrorUrl
 from talkoot.server.outer import OuterSpec
 from talkoot.server.robust import AggregationSpec
 
@@ -196,6 +196,33 @@ class LedgerSection(_Section):
     """Such as ``postgresql+psycopg://user@host/talkoot`` (with ``talkoot[postgres]``)."""
 
 
+class StoreSection(_Section):
+    """A second home for artifacts, which a process of its own copies to while rounds go on."""
+
+    url: str = ""
+    """Such as ``s3://bucket/prefix``, ``gs://…``, ``az://…`` or ``file:///directory`` (with
+    ``talkoot[store]``); empty for none. Credentials come from the environment."""
+    endpoint: str = ""
+    """Of an S3-like server that is not Amazon's: ``https://host:port``."""
+    region: str = ""
+    """Of the bucket, when the server wants to know."""
+    blocks: bool = True
+    """Copy the corpus's blocks, too."""
+    max_rate: Annotated[float, Field(gt=0)] | None = None
+    """Bytes per second that copying may use of the line; none is no limit."""
+    keep_days: Annotated[float, Field(ge=1)] | None = None
+    """Checkpoints and updates that nothing refers to any more are deleted there so long after they
+    were copied; none keeps them for ever. Not for a prefix that several networks share."""
+
+
+class MirrorsSection(_Section):
+    """Where nodes fetch artifacts before they ask the coordinator."""
+
+    urls: Annotated[tuple[MirrorUrl, ...], Field(max_length=limits.MAX_MIRRORS, strict=False)] = ()
+    """``https://…`` or ``http://…``, asked in this order: a bucket's public address, a CDN, or any
+    web server over a copy of ``store/``."""
+
+
 class Config(_Section):
     """The whole file. Only ``[model]`` has no default."""
 
@@ -216,6 +243,8 @@ class Config(_Section):
     belief: BeliefSection = BeliefSection()
     evaluation: EvaluationSection = EvaluationSection()
     ledger: LedgerSection = LedgerSection()
+    store: StoreSection = StoreSection()
+    mirrors: MirrorsSection = MirrorsSection()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

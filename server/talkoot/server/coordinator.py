@@ -93,9 +93,14 @@ class Coordinator:
         return parse(CorpusManifest, data, cap=MAX_JSON_ARTIFACT)
 
     @cached_property
+    def corpus_source(self) -> CorpusSource:
+        """The corpus's blocks, index and manifest by digest."""
+        return CorpusSource(self.state.corpus)
+
+    @cached_property
     def source(self) -> ChainSource:
         """All that nodes may fetch: artifacts and blocks."""
-        return ChainSource([self.store, CorpusSource(self.state.corpus)])
+        return ChainSource([self.store, self.corpus_source])
 
     def close(self) -> None:
         """Close the ledger."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from talkoot.protocol import faults
-from talkoot.protocol.artifacts import Source
+from talkoot.protocol.artifacts import Slice, Source
 from talkoot.protocol.errors import ProtocolError, RefusedError
 from talkoot.protocol.files import explain_os_error
 from talkoot.protocol.identity import fingerprint, load_public_key, verify
@@ -20,6 +20,7 @@ from talkoot.protocol.messages import (
     CoordinatorInfo,
     EnrolReply,
     EnrolRequest,
+    MirrorList,
     NodeReport,
     NodeReportReply,
     Signed,
@@ -27,6 +28,7 @@ from talkoot.protocol.messages import (
     canonical_bytes,
     parse,
 )
+from talkoot.protocol.pieces import Pieces, PieceShelf
 from talkoot.protocol.version import VERSION
 from talkoot.server.belief import Belief
 from talkoot.server.book import Book
@@ -55,6 +57,7 @@ class Desk:
         self._belief = Belief(coordinator)
         self._uploads = coordinator.state.incoming / "whole"
         self._uploads.mkdir(parents=True, exist_ok=True)
+        self._pieces = PieceShelf(coordinator.state.pieces)
         # Decoding a payload takes memory in proportion to the largest tensor: one at a time.
         self._verifying = threading.Lock()
 
@@ -93,6 +96,17 @@ class Desk:
     def source(self) -> Source:
         """What nodes may fetch."""
         return self._c.source
+
+    def pieces(self, digest: str, found: Slice) -> Pieces:
+        """The piece list of an artifact."""
+        return self._pieces.get(digest, found)
+
+    def mirrors(self, node_id: str) -> Signed:
+        """Where else artifacts are, signed."""
+        told = MirrorList(
+            run_id=self._c.run_id, urls=self._c.config.mirrors.urls, issued_unix=time.time()
+        )
+        return self._c.key.sign("MirrorList", canonical_bytes(told))
 
     def incoming_root(self) -> Path:
         """Where uploads grow."""

@@ -1,6 +1,6 @@
 """The long-running parts of a coordinator, each a process of its own under the supervisor.
 
-``python -m talkoot.server.parts gateway|transfer|evaluator|superexec --state DIR``: runs until
+``python -m talkoot.server.parts gateway|transfer|evaluator|superexec|store --state DIR``: runs until
 SIGTERM, or until the supervisor that started it is gone.
 """
 
@@ -81,10 +81,20 @@ def evaluate_until(coordinator: Coordinator, stop: threading.Event) -> None:
     Evaluator(coordinator).run(stop)
 
 
+def copy_until(coordinator: Coordinator, stop: threading.Event) -> None:
+    """Copy artifacts to the operator's object store until ``stop`` is set."""
+    from talkoot.server.copier import Copier, open_store
+
+    copier = Copier(coordinator, open_store(coordinator), stop.is_set)
+    print(READY, flush=True)
+    copier.run(stop.wait)
+
+
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="talkoot.server.parts")
-    parser.add_argument("part", choices=["gateway", "transfer", "evaluator", "superexec"])
+    parts = ["gateway", "transfer", "evaluator", "superexec", "store"]
+    parser.add_argument("part", choices=parts)
     parser.add_argument("--state", type=Path, required=True)
     args = parser.parse_args()
     die_with_parent()
@@ -102,6 +112,8 @@ def main() -> int:
             serve_gateway_until(coordinator, stop)
         elif args.part == "evaluator":
             evaluate_until(coordinator, stop)
+        elif args.part == "store":
+            copy_until(coordinator, stop)
         else:
             serve_transfer_until(coordinator, stop)
     except TalkootError as err:

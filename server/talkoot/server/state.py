@@ -6,6 +6,7 @@ ca/ keys/     secrets, 0700                    store/       artifacts by SHA-256
 tls/          the servers' certificates        versions/    master and published weights
 corpus/       token blocks, held-out tokens    incoming/    uploads on their way
 tokenizer/    as given                         logs/ run/   of the running parts
+pieces/       digests of artifacts' pieces
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class StateDir:
     def incoming(self) -> Path:
         """Uploads on their way, a folder a node."""
         return self.root / "incoming"
+
+    @property
+    def pieces(self) -> Path:
+        """Piece lists of artifacts, made when a node asks for one."""
+        return self.root / "pieces"
 
     @property
     def corpus(self) -> Path:

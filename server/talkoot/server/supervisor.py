@@ -1,7 +1,7 @@
 """Starts, watches and restarts the parts of a coordinator, and keeps the round loop submitted.
 
-Parts: the SuperLink (Flower's own program), the gateway, the transfer
-service and the evaluator. The round loop is
+Parts: the SuperLink (Flower's own program), the gateway, the transfer service, the evaluator and, with
+an object store, what copies to it. The round loop is
 a ServerApp, which the SuperLink starts; the supervisor submits it and submits it again when Flower
 says that its run has ended while ours has not. Every part may die at any time: a part that dies is
 started again after a pause that grows with every early death.
@@ -155,7 +155,11 @@ class Supervisor:
                     env,
                     state.logs / f"{name}.out.log",
                 )
-                for name in ("gateway", "transfer", *_optional(coordinator))
+                for name in (
+                    *("gateway", "transfer"),
+                    *_optional(coordinator),
+                    *self._store_part(),
+                )
             ),
         ]
         self._control = ControlApi(network.superlink_port, coordinator.ca_pem)
@@ -163,6 +167,15 @@ class Supervisor:
         self._check_run = 0.0
         self._announced = False
         self._disk_full = False
+
+    def _store_part(self) -> tuple[str, ...]:
+        """The part that copies to the operator's object store, if there is one that can be used."""
+        if not self._c.config.store.url:
+            return ()
+        from talkoot.server.copier import Copier, open_store
+
+        Copier(self._c, open_store(self._c))  # what is wrong with it is said at once
+        return ("store",)
 
     def stop(self) -> None:
         """Ask :meth:`run` to end."""

@@ -22,6 +22,7 @@ import grpc
 from talkoot.protocol import faults, limits
 from talkoot.protocol.artifacts import Slice, Source
 from talkoot.protocol.errors import ProtocolError, RefusedError, StateError, UnavailableError
+from talkoot.protocol.flow import ChunkPace
 from talkoot.protocol.ingest import Ingest, check_digest, check_size, received_bytes, trim_parts
 from talkoot.protocol.messages import (
     Message,
@@ -32,11 +33,13 @@ from talkoot.protocol.messages import (
     canonical_bytes,
     parse,
 )
+from talkoot.protocol.pieces import Pieces
 from talkoot.protocol.refusals import to_status
 from talkoot.protocol.wire.transfer_pb2 import (
     Envelope,
     FetchChunk,
     FetchRequest,
+    PieceList,
     PushChunk,
     PushState,
     PushStatusRequest,
@@ -47,6 +50,7 @@ from talkoot.protocol.wire.transfer_pb2_grpc import (
 from talkoot.protocol.wire.transfer_pb2_grpc import (
     add_TransferServicer_to_server,
 )
+from talkoot.server.first_word import FirstWord, SilentCalls
 from talkoot.server.streams import StreamTable
 
 log = logging.getLogger(__name__)
@@ -69,16 +73,18 @@ OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.per_message_decompression", 0),
     ("grpc.max_concurrent_streams", 16),  # of one connection
     ("grpc.so_reuseport", 0),  # a second server on this port must fail, not share it
-    # A node behind a dead NAT entry is noticed within 80 s.
+    # A node behind a dead NAT entry is noticed within 6 minutes; not sooner, because the answer of
+    # one on a slow line may have to queue behind megabytes. Nothing ends a connection for its age.
     ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 300_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.max_connection_idle_ms", 10 * 60_000),
-    # gRPC waits for a request in a worker thread, so a peer that opens calls and says nothing holds
-    # threads: for so long and no longer. An honest transfer resumes on a new connection.
-    ("grpc.max_connection_age_ms", 30 * 60_000),
-    ("grpc.max_connection_age_grace_ms", 5 * 60_000),
 )
+FIRST_WORD_SECONDS: Final = 60.0
+"""A call whose request has not come by then is ended. gRPC lets it wait in a worker thread, so that
+a peer which opens calls and says nothing would hold them all."""
+MAX_SILENT_PER_NODE: Final = 8
+"""Calls of one node that may wait for their request at once."""
 
 
 class Backend(Protocol):
@@ -108,6 +114,10 @@ class Backend(Protocol):
         """A whole, verified file has arrived at ``path``: move it from there."""
         ...
 
+    def pieces(self, digest: str, found: Slice) -> Pieces:
+        """The piece list of an artifact that :meth:`source` knows."""
+        ...
+
     def has_pushed(self, node_id: str, lease_id: str, digest: str) -> bool:
         """Whether ``pushed`` was called for this and has kept the file."""
         ...
@@ -134,6 +144,10 @@ class Backend(Protocol):
 
     def task(self, node_id: str) -> Signed | None:
         """The signed RoundTask that is open for this node, or None."""
+        ...
+
+    def mirrors(self, node_id: str) -> Signed:
+        """The signed MirrorList."""
         ...
 
 
@@ -182,6 +196,18 @@ class TransferServicer(WireServicer):
                 for data in _read(found, request.offset):
                     yield FetchChunk(data=data, total_size=found.length)
                     stream.touch()
+
+    def Pieces(  # noqa: N802
+        self, request: FetchRequest, context: grpc.ServicerContext
+    ) -> PieceList:
+        """The digests of an artifact's pieces."""
+        with self._answering(context):
+            digest = check_digest(request.digest)
+            found = self._backend.source().lookup(digest)
+            if found is None:
+                raise _unknown()
+            pieces = self._backend.pieces(digest, found)
+            return PieceList(total_size=pieces.size, digests=pieces.digests)
 
     def PushStatus(  # noqa: N802
         self, request: PushStatusRequest, context: grpc.ServicerContext
@@ -267,6 +293,11 @@ class TransferServicer(WireServicer):
                 raise RefusedError("There is no task for this node now.", code="no-task")
             return _envelope(task)
 
+    def GetMirrors(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
+        """The signed MirrorList."""
+        with self._answering(context) as node_id:
+            return _envelope(self._backend.mirrors(node_id))
+
     @contextmanager
     def _answering(self, context: grpc.ServicerContext) -> Iterator[str]:
         """The peer's node id, once authorized; any error inside becomes the call's status."""
@@ -303,6 +334,13 @@ def peer_node_id(context: grpc.ServicerContext) -> str:
     return name
 
 
+def _peer_name(context: grpc.ServicerContext) -> str:
+    try:
+        return peer_node_id(context)
+    except RefusedError:
+        return ""
+
+
 def serve(
     backend: Backend,
     address: str,
@@ -310,21 +348,27 @@ def serve(
     server_cert_pem: bytes,
     client_ca_pem: bytes,
     max_workers: int = 64,
+    first_word_seconds: float = FIRST_WORD_SECONDS,
 ) -> grpc.Server:
     """Start serving on ``address`` (``host:port``); stop it with ``.stop(grace_seconds)``.
 
     A quarter of the worker threads is kept for short calls, whatever the transfers do. Clients
-    must show a certificate that ``client_ca_pem`` signed.
+    must show a certificate that ``client_ca_pem`` signed. A call that says nothing for
+    ``first_word_seconds`` is ended.
 
     Raises:
         StateError: the address is in use, or key and certificate are unusable.
     """
     spare = max(1, max_workers // 4)
     servicer = TransferServicer(backend, max_streams=max(1, max_workers - spare))
+    silent = SilentCalls(
+        first_word_seconds, min(MAX_SILENT_PER_NODE, max(1, max_workers // 4)), time.monotonic
+    )
     server = grpc.server(
         futures.ThreadPoolExecutor(max_workers, thread_name_prefix="transfer"),
         options=OPTIONS,
         maximum_concurrent_rpcs=4 * max_workers,
+        interceptors=[FirstWord(silent, _peer_name)],
     )
     add_TransferServicer_to_server(servicer, server)
     credentials = grpc.ssl_server_credentials(
@@ -355,12 +399,14 @@ def _read(found: Slice, offset: int) -> Iterator[bytes]:
         left = found.length - offset
         if left == 0:
             yield b""
+        pace = ChunkPace(time.monotonic())
         while left:
-            data = file.read(min(left, limits.TRANSFER_CHUNK))
+            data = file.read(min(left, pace.size(time.monotonic())))
             if not data:
                 raise UnavailableError("The artifact is shorter than it was: try again later.")
             left -= len(data)
             yield data
+            pace.took(len(data))
 
 
 def _claim(request: PushStatusRequest | PushChunk) -> _Claim:

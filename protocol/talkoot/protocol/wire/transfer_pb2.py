@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$talkoot/protocol/wire/transfer.proto\x12\x13talkoot.transfer.v1\".\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\".\n\nFetchChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\ntotal_size\x18\x02 \x01(\x04\"C\n\x11PushStatusRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"-\n\tPushState\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"Y\n\tPushChunk\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\x18\n\x08\x45nvelope\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x32\xac\x05\n\x08Transfer\x12M\n\x05\x46\x65tch\x12!.talkoot.transfer.v1.FetchRequest\x1a\x1f.talkoot.transfer.v1.FetchChunk0\x01\x12T\n\nPushStatus\x12&.talkoot.transfer.v1.PushStatusRequest\x1a\x1e.talkoot.transfer.v1.PushState\x12H\n\x04Push\x12\x1e.talkoot.transfer.v1.PushChunk\x1a\x1e.talkoot.transfer.v1.PushState(\x01\x12\x46\n\x06Submit\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelope\x12\x45\n\x05Prove\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelope\x12I\n\tChallenge\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelope\x12\x46\n\x06Report\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelope\x12\x46\n\x06GetRun\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelope\x12G\n\x07GetTask\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelopeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$talkoot/protocol/wire/transfer.proto\x12\x13talkoot.transfer.v1\".\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\".\n\nFetchChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\ntotal_size\x18\x02 \x01(\x04\"0\n\tPieceList\x12\x12\n\ntotal_size\x18\x01 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x02 \x01(\x0c\"C\n\x11PushStatusRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"-\n\tPushState\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"Y\n\tPushChunk\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\x18\n\x08\x45nvelope\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x32\xc5\x06\n\x08Transfer\x12M\n\x05\x46\x65tch\x12!.talkoot.transfer.v1.FetchRequest\x1a\x1f.talkoot.transfer.v1.FetchChunk0\x01\x12K\n\x06Pieces\x12!.talkoot.transfer.v1.FetchRequest\x1a\x1e.talkoot.transfer.v1.PieceList\x12T\n\nPushStatus\x12&.talkoot.transfer.v1.PushStatusRequest\x1a\x1e.talkoot.transfer.v1.PushState\x12H\n\x04Push\x12\x1e.talkoot.transfer.v1.PushChunk\x1a\x1e.talkoot.transfer.v1.PushState(\x01\x12\x46\n\x06Submit\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelope\x12\x45\n\x05Prove\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelope\x12I\n\tChallenge\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelope\x12\x46\n\x06Report\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelope\x12\x46\n\x06GetRun\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelope\x12G\n\x07GetTask\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelope\x12J\n\nGetMirrors\x12\x1d.talkoot.transfer.v1.Envelope\x1a\x1d.talkoot.transfer.v1.Envelopeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,14 +35,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHREQUEST']._serialized_end=107
   _globals['_FETCHCHUNK']._serialized_start=109
   _globals['_FETCHCHUNK']._serialized_end=155
-  _globals['_PUSHSTATUSREQUEST']._serialized_start=157
-  _globals['_PUSHSTATUSREQUEST']._serialized_end=224
-  _globals['_PUSHSTATE']._serialized_start=226
-  _globals['_PUSHSTATE']._serialized_end=271
-  _globals['_PUSHCHUNK']._serialized_start=273
-  _globals['_PUSHCHUNK']._serialized_end=362
-  _globals['_ENVELOPE']._serialized_start=364
-  _globals['_ENVELOPE']._serialized_end=388
-  _globals['_TRANSFER']._serialized_start=391
-  _globals['_TRANSFER']._serialized_end=1075
+  _globals['_PIECELIST']._serialized_start=157
+  _globals['_PIECELIST']._serialized_end=205
+  _globals['_PUSHSTATUSREQUEST']._serialized_start=207
+  _globals['_PUSHSTATUSREQUEST']._serialized_end=274
+  _globals['_PUSHSTATE']._serialized_start=276
+  _globals['_PUSHSTATE']._serialized_end=321
+  _globals['_PUSHCHUNK']._serialized_start=323
+  _globals['_PUSHCHUNK']._serialized_end=412
+  _globals['_ENVELOPE']._serialized_start=414
+  _globals['_ENVELOPE']._serialized_end=438
+  _globals['_TRANSFER']._serialized_start=441
+  _globals['_TRANSFER']._serialized_end=1278
 # @@protoc_insertion_point(module_scope)

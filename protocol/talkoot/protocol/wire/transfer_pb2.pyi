@@ -20,6 +20,14 @@ class FetchChunk(_message.Message):
     total_size: int
     def __init__(self, data: _Optional[bytes] = ..., total_size: _Optional[int] = ...) -> None: ...
 
+class PieceList(_message.Message):
+    __slots__ = ("total_size", "digests")
+    TOTAL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    total_size: int
+    digests: bytes
+    def __init__(self, total_size: _Optional[int] = ..., digests: _Optional[bytes] = ...) -> None: ...
+
 class PushStatusRequest(_message.Message):
     __slots__ = ("lease_id", "digest", "size")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]

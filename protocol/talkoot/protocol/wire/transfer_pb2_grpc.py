@@ -39,6 +39,11 @@ class TransferStub:
                 request_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.FetchRequest.SerializeToString,
                 response_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.FetchChunk.FromString,
                 _registered_method=True)
+        self.Pieces = channel.unary_unary(
+                '/talkoot.transfer.v1.Transfer/Pieces',
+                request_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.FetchRequest.SerializeToString,
+                response_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.PieceList.FromString,
+                _registered_method=True)
         self.PushStatus = channel.unary_unary(
                 '/talkoot.transfer.v1.Transfer/PushStatus',
                 request_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.PushStatusRequest.SerializeToString,
@@ -79,6 +84,11 @@ class TransferStub:
                 request_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
                 response_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
                 _registered_method=True)
+        self.GetMirrors = channel.unary_unary(
+                '/talkoot.transfer.v1.Transfer/GetMirrors',
+                request_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
+                response_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
+                _registered_method=True)
 
 
 class TransferServicer:
@@ -86,6 +96,14 @@ class TransferServicer:
 
     def Fetch(self, request, context):
         """The bytes of an artifact from an offset to its end. The first chunk always comes, even if empty.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pieces(self, request, context):
+        """The SHA-256 of every 16 MiB of an artifact, the last piece perhaps shorter: with it a node can
+        tell at once which bytes of a stranger's (a mirror's) are wrong.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,6 +167,13 @@ class TransferServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetMirrors(self, request, context):
+        """empty -> Signed(MirrorList)
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -156,6 +181,11 @@ def add_TransferServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.FetchRequest.FromString,
                     response_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.FetchChunk.SerializeToString,
+            ),
+            'Pieces': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pieces,
+                    request_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.FetchRequest.FromString,
+                    response_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.PieceList.SerializeToString,
             ),
             'PushStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.PushStatus,
@@ -197,6 +227,11 @@ def add_TransferServicer_to_server(servicer, server):
                     request_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
                     response_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
             ),
+            'GetMirrors': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMirrors,
+                    request_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
+                    response_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'talkoot.transfer.v1.Transfer', rpc_method_handlers)
@@ -225,6 +260,33 @@ class Transfer:
             '/talkoot.transfer.v1.Transfer/Fetch',
             talkoot_dot_protocol_dot_wire_dot_transfer__pb2.FetchRequest.SerializeToString,
             talkoot_dot_protocol_dot_wire_dot_transfer__pb2.FetchChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pieces(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/talkoot.transfer.v1.Transfer/Pieces',
+            talkoot_dot_protocol_dot_wire_dot_transfer__pb2.FetchRequest.SerializeToString,
+            talkoot_dot_protocol_dot_wire_dot_transfer__pb2.PieceList.FromString,
             options,
             channel_credentials,
             insecure,
@@ -439,6 +501,33 @@ class Transfer:
             request,
             target,
             '/talkoot.transfer.v1.Transfer/GetTask',
+            talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
+            talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMirrors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/talkoot.transfer.v1.Transfer/GetMirrors',
             talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
             talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
             options,

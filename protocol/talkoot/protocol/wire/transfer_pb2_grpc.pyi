@@ -7,6 +7,7 @@ from talkoot.protocol.wire.transfer_pb2 import (
     Envelope,
     FetchChunk,
     FetchRequest,
+    PieceList,
     PushChunk,
     PushState,
     PushStatusRequest,
@@ -14,6 +15,7 @@ from talkoot.protocol.wire.transfer_pb2 import (
 
 class TransferStub:
     Fetch: grpc.UnaryStreamMultiCallable[FetchRequest, FetchChunk]
+    Pieces: grpc.UnaryUnaryMultiCallable[FetchRequest, PieceList]
     PushStatus: grpc.UnaryUnaryMultiCallable[PushStatusRequest, PushState]
     Push: grpc.StreamUnaryMultiCallable[PushChunk, PushState]
     Submit: grpc.UnaryUnaryMultiCallable[Envelope, Envelope]
@@ -22,12 +24,14 @@ class TransferStub:
     Report: grpc.UnaryUnaryMultiCallable[Envelope, Envelope]
     GetRun: grpc.UnaryUnaryMultiCallable[Envelope, Envelope]
     GetTask: grpc.UnaryUnaryMultiCallable[Envelope, Envelope]
+    GetMirrors: grpc.UnaryUnaryMultiCallable[Envelope, Envelope]
     def __init__(self, channel: grpc.Channel) -> None: ...
 
 class TransferServicer:
     def Fetch(
         self, request: FetchRequest, context: grpc.ServicerContext
     ) -> Iterator[FetchChunk]: ...
+    def Pieces(self, request: FetchRequest, context: grpc.ServicerContext) -> PieceList: ...
     def PushStatus(
         self, request: PushStatusRequest, context: grpc.ServicerContext
     ) -> PushState: ...
@@ -40,5 +44,6 @@ class TransferServicer:
     def Report(self, request: Envelope, context: grpc.ServicerContext) -> Envelope: ...
     def GetRun(self, request: Envelope, context: grpc.ServicerContext) -> Envelope: ...
     def GetTask(self, request: Envelope, context: grpc.ServicerContext) -> Envelope: ...
+    def GetMirrors(self, request: Envelope, context: grpc.ServicerContext) -> Envelope: ...
 
 def add_TransferServicer_to_server(servicer: TransferServicer, server: grpc.Server) -> None: ...
