@@ -1,7 +1,7 @@
 """The long-running parts of a coordinator, each a process of its own under the supervisor.
 
-``python -m talkoot.server.parts gateway|transfer|evaluator|superexec|store --state DIR``: runs until
-SIGTERM, or until the supervisor that started it is gone.
+``python -m talkoot.server.parts gateway|transfer|evaluator|superexec|store --state DIR``: runs
+until SIGTERM, or until the supervisor that started it is gone.
 """
 
 from __future__ import annotations
