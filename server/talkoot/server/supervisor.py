@@ -1,9 +1,10 @@
 """Starts, watches and restarts the parts of a coordinator, and keeps the round loop submitted.
 
 Parts: the SuperLink (Flower's own program), the gateway, the transfer service, the evaluator and,
-with an object store, what copies to it. The round loop is a ServerApp, which the SuperLink starts; the supervisor submits it and submits it again when Flower
-says that its run has ended while ours has not. Every part may die at any time: a part that dies is
-started again after a pause that grows with every early death.
+with an object store, what copies to it. The round loop is a ServerApp, which the SuperLink starts;
+the supervisor submits it and submits it again when Flower says that its run has ended while ours
+has not. Every part may die at any time: a part that dies is started again after a pause that grows
+with every early death.
 """
 
 from __future__ import annotations
