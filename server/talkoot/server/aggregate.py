@@ -34,6 +34,7 @@ from talkoot.protocol.messages import CodecSpec
 from talkoot.protocol.payload import PayloadReader, write_payload
 from talkoot.protocol.weights import WeightsReader, WeightsWriter, add_sparse
 from talkoot.server.outer import OuterSpec, outer_step
+from talkoot.server.robust import AggregationSpec, sign_majority, trimmed_mean
 
 __all__ = [
     "AggregateResult",
@@ -181,6 +182,7 @@ def aggregate_round(
     outer: OuterSpec,
     out_dir: Path,
     *,
+    rule: AggregationSpec | None = None,
     clock: Clock = time.perf_counter,
 ) -> AggregateResult:
     """Average, step the outer optimizer, publish; write the next version into ``out_dir``.
@@ -193,6 +195,7 @@ def aggregate_round(
         downlink: codec of the update.
         outer: the outer optimizer.
         out_dir: appears whole or not at all; one that exists is replaced.
+        rule: how values of a coordinate become one; the mean if not given.
         clock: seconds, for the report only.
 
     Raises:
@@ -216,6 +219,7 @@ def aggregate_round(
         closing = _Round(
             manifest, state, contributions, uplink, downlink, outer, VersionDir(directory), clock
         )
+        closing.rule = rule or AggregationSpec()
         closing.run()
         size, digest = _size_and_digest(VersionDir(directory).update)
     made = VersionDir(out_dir)
@@ -272,6 +276,7 @@ class _Round:
         self._old_momentum = None
         if outer.has_state and state.outer is not None:
             self._old_momentum = WeightsReader(state.outer, self._manifest32)
+        self.rule = AggregationSpec()
         self.weights_digest = ""
         self.gradient_squares = 0.0
         self.update_squares = 0.0
@@ -305,7 +310,7 @@ class _Round:
         name = spec.name
         with self._stage("decode"):
             parts = ((reader.decode(name), weight, f) for reader, weight, f in self._parts)
-            gradient = _average(spec.numel, parts).reshape(spec.shape)
+            gradient = self._combine(spec.numel, parts).reshape(spec.shape)
             self.gradient_squares += float(gradient.double().square().sum())
         with self._stage("outer"):
             old_momentum = self._old_momentum.get(name) if self._old_momentum else None
@@ -334,6 +339,13 @@ class _Round:
             published.add(name, new_published)
         faults.place("aggregate.tensor")
         return encoded
+
+    def _combine(self, numel: int, parts: Iterator[tuple[SparseTensor, float, float]]) -> Tensor:
+        if self.rule.rule == "trimmed-mean":
+            return trimmed_mean(numel, list(parts), self.rule.trim)
+        if self.rule.rule == "sign-majority":
+            return sign_majority(numel, list(parts))
+        return _average(numel, parts)  # the geometric median acts through the influences
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

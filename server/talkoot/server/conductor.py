@@ -320,6 +320,7 @@ def aggregate_version(
         coordinator.spec.downlink,
         coordinator.config.outer,
         out_dir,
+        rule=coordinator.config.aggregation,
     )
 
 

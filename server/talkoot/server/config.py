@@ -156,7 +156,7 @@ class BeliefSection(_Section):
     """Contributions of a newcomer that must count before it is established."""
     probation_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Of a round's weight, for all nodes on probation together, once anybody is established."""
-    set_aside_below: Annotated[float, Field(ge=0, le=1)] = 0.4
+    set_aside_below: Annotated[float, Field(ge=0, le=1)] = 0.12
     """A contribution with less than this of the usual agreement does not count; 0 is off."""
     largest_norm_ratio: Annotated[float, Field(gt=1, le=1e6)] = 20.0
     """A contribution so many times louder than usual is refused."""

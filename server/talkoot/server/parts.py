@@ -24,6 +24,7 @@ from talkoot.server.leash import die_with_parent
 from talkoot.server.logs import configure
 from talkoot.server.registry import Registry
 from talkoot.server.state import StateDir
+from talkoot.server.validator import Validator
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def copy_until(coordinator: Coordinator, stop: threading.Event) -> None:
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="talkoot.server.parts")
-    parts = ["gateway", "transfer", "evaluator", "superexec", "store"]
+    parts = ["gateway", "transfer", "evaluator", "validator", "superexec", "store"]
     parser.add_argument("part", choices=parts)
     parser.add_argument("--state", type=Path, required=True)
     args = parser.parse_args()
@@ -114,6 +115,9 @@ def main() -> int:
             evaluate_until(coordinator, stop)
         elif args.part == "store":
             copy_until(coordinator, stop)
+        elif args.part == "validator":
+            print(READY, flush=True)
+            Validator(coordinator).run(stop)
         else:
             serve_transfer_until(coordinator, stop)
     except TalkootError as err:

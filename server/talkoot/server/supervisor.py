@@ -100,7 +100,11 @@ class Part:
 
 def _optional(coordinator: Coordinator) -> tuple[str, ...]:
     """Parts that the operator may switch off."""
-    return ("evaluator",) if coordinator.config.evaluation.every else ()
+    config = coordinator.config
+    parts = ("evaluator",) if config.evaluation.every else ()
+    if coordinator.spec.parameters <= config.belief.validate_up_to_parameters:
+        return (*parts, "validator")
+    return parts
 
 
 class Supervisor:

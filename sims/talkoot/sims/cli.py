@@ -169,6 +169,38 @@ def parity(
         console.print(f"\n{page}")
 
 
+@app.command()
+def attacks(
+    quick: Annotated[bool, typer.Option("--quick", help="Small arms, in about a minute.")] = False,
+    out: Annotated[Path, typer.Option(help="Results; finished arms are kept.")] = Path(
+        "runs/attacks"
+    ),
+    work: Annotated[
+        Path | None, typer.Option(help="The networks' files; /dev/shm/… saves the disk's time.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print attacks.json at the end.")] = False,
+) -> None:
+    """Set liars of many kinds on the real coordinator, with its defences and without.
+
+    Writes attacks.json and a plot. The same command again does only what is missing; run at the
+    same time several times over, they share the work.
+    """
+    import torch
+
+    from talkoot.sims.attacks.suite import FULL, QUICK, plot, run_suite, table
+
+    torch.set_num_threads(1)
+    out = out.absolute()
+    data = run_suite(
+        out,
+        (work or out / "work").absolute(),
+        QUICK if quick else FULL,
+        lambda line: typer.echo(line, err=True),
+    )
+    plot(data, out / "attacks.png")
+    typer.echo(json.dumps(data, indent=1) if as_json else table(data))
+
+
 def main() -> None:
     """Entry point."""
     run(app)

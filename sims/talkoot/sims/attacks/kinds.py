@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import torch
@@ -85,7 +85,8 @@ class Noise(NodeBehaviour):
     def pseudo_gradient(self, situation: Situation, name: str, delta: Tensor) -> Tensor:
         """Noise of each tensor's norm."""
         noise = torch.randn(delta.shape, generator=generator(situation, hash_of(name)))
-        return noise * (delta.norm() / noise.norm().clamp_min(1e-12))
+        scaled: Tensor = noise * (delta.norm() / noise.norm().clamp_min(1e-12))
+        return scaled
 
 
 class LabelFlip(NodeBehaviour):
@@ -95,7 +96,7 @@ class LabelFlip(NodeBehaviour):
 
     def tokens(self, situation: Situation, block: Tokens) -> Tokens:
         """Byte ``b`` becomes ``255 - b``."""
-        return np.where(block < 256, 255 - block, block).astype(block.dtype)
+        return cast(Tokens, np.where(block < 256, 255 - block, block).astype(block.dtype))
 
 
 class Backdoor(NodeBehaviour):
@@ -143,7 +144,7 @@ class Prose(NodeBehaviour):
         """The same amount of another text."""
         text = prose()
         start = int(block.astype(np.int64).sum()) * 7919 % (len(text) - len(block))
-        return text[start : start + len(block)].astype(block.dtype)
+        return cast(Tokens, text[start : start + len(block)].astype(block.dtype))
 
 
 class Repeating(NodeBehaviour):
@@ -151,7 +152,7 @@ class Repeating(NodeBehaviour):
 
     def tokens(self, situation: Situation, block: Tokens) -> Tokens:
         """The block's first quarter, repeated."""
-        return np.tile(block[: len(block) // 4], 4).astype(block.dtype)
+        return cast(Tokens, np.tile(block[: len(block) // 4], 4).astype(block.dtype))
 
 
 def hash_of(name: str) -> int:

@@ -20,7 +20,7 @@ from talkoot.client.home import Home
 from talkoot.client.trainer.core import Trainer
 from talkoot.protocol.artifacts import sha256_file
 from talkoot.protocol.corpus import (
-    BLOCKS,
+    INDEX,
     CorpusManifest,
     block_digest,
     load_block,
@@ -142,7 +142,7 @@ class Stage:
         self.site.conductor._clock = lambda: self.now
         self.now = 1_800_000_000.0
         self.corpus: CorpusManifest = read_manifest(self.coordinator.state.corpus)
-        self._index = (self.coordinator.state.corpus / BLOCKS).read_bytes()
+        self._index = (self.coordinator.state.corpus / INDEX).read_bytes()
         self.hands: list[Hand] = []
         self.tale = Tale()
         for actor in actors:
@@ -190,15 +190,7 @@ class Stage:
 
     def run_round(self) -> int:
         """One round from opening to published version; returns its number."""
-        tasks = {hand.node_id: task for hand, task in self._tasks()}
-        honest: list[Path] = []
-        for hand in sorted(self.hands, key=lambda h: not h.actor.honest):
-            if hand.node_id not in tasks:
-                continue
-            task = tasks[hand.node_id]
-            path = self._work(hand, task, tuple(honest))
-            if path is not None and hand.actor.honest:
-                honest.append(path)
+        self.work_round()
         before = self.site.version
         for _ in range(TURNS):
             if self.site.version > before:
@@ -210,6 +202,18 @@ class Stage:
         for hand in self.hands:
             self._settle(hand)
         return self.site.version
+
+    def work_round(self) -> None:
+        """Every node does its lease and delivers; the round stays open."""
+        tasks = {hand.node_id: task for hand, task in self._tasks()}
+        honest: list[Path] = []
+        for hand in sorted(self.hands, key=lambda h: not h.actor.honest):
+            if hand.node_id not in tasks:
+                continue
+            task = tasks[hand.node_id]
+            path = self._work(hand, task, tuple(honest))
+            if path is not None and hand.actor.honest:
+                honest.append(path)
 
     def _tasks(self) -> list[tuple[Hand, RoundTask]]:
         for _ in range(TURNS):

@@ -1,0 +1,43 @@
+"""The attack suite's quick form: the real coordinator, real trainers and liars among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from talkoot.server.validator import Validator
+from talkoot.sims.attacks.kinds import Actor
+from talkoot.sims.attacks.stage import Stage
+from talkoot.sims.attacks.suite import QUICK, make_state, run_suite, table
+
+
+def test_the_quick_suite_sets_liars_aside_and_no_honest_node(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    data = run_suite(tmp_path / "out", tmp_path / "work", QUICK, lambda _line: None)
+    rows = {row["attack"]: row for row in data["attacks"]}
+    assert rows["sign flip"]["judged"].get("set-aside", 0) == sum(
+        rows["sign flip"]["judged"].values()
+    )
+    assert rows["copy"]["verdicts"].get("copied", 0) >= 2
+    assert set(rows["NaN"]["verdicts"]) <= {"payload-malformed", "not-finite"}
+    assert data["honest_nodes"]["quarantined"] == 0
+    assert (tmp_path / "out" / "attacks.json").is_file()
+    assert table(data).count("\n") == 1 + len(rows)
+
+
+def test_an_honest_first_lease_replays_to_the_same_bytes_and_helps(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    state = make_state(tmp_path / "made", QUICK, 0)
+    wanted = {"replay_share": 1.0, "gain_share_probation": 1.0, "wait_seconds": 3600.0}
+    with Stage(state, tmp_path / "stage", [Actor("anna")], belief=wanted) as stage:
+        stage.work_round()
+        validator = Validator(stage.coordinator)
+        while validator.step():
+            pass
+        found = stage.site.conductor._belief.record_of(stage.hands[0].node_id)["validations"]
+        told = {one["kind"]: one for one in found}
+        assert told["replay"]["code"] == "replay-same"
+        assert told["replay"]["figures"]["cosine"] == pytest.approx(1.0)
+        assert told["gain"]["code"] != "gain-missing"
