@@ -292,12 +292,17 @@ def build_model(
     except Exception as err:
         first_line = (str(err).strip() or type(err).__name__).splitlines()[0][:200]
         raise _bad(f"transformers cannot build it ({first_line})") from err
-    return model.to(device).train()
+    where = torch.device(device)
+    if where.type != "cpu":  # fake tensors, which are on the CPU, cannot be moved at all
+        model = model.to(where)
+    return model.train()
 
 
 def named_trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """All parameters with their names, in the manifest's order; tied weights appear once."""
-    return list(model.named_parameters())
+    """What is trained, with its names, in the manifest's order; tied weights appear once."""
+    return [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
 
 
 def count_parameters(config: dict[str, Any]) -> int:

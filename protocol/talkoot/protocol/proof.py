@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from talkoot.protocol.errors import ProtocolError
 from talkoot.protocol.messages import InnerSpec
-from talkoot.protocol.recipes import Recipe, get
+from talkoot.protocol.recipes import REFERENCE, Recipe, get
 from talkoot.protocol.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def proof_steps(
     """
     import torch
 
-    from talkoot.protocol.model import build_model
-    from talkoot.protocol.replica import DTYPES, build_replica
+    from talkoot.protocol.replica import new_replica
 
     tokens = proof_tokens(
         nonce,
@@ -91,9 +90,8 @@ def proof_steps(
         sequence_length=sequence_length,
         vocabulary=int(config["vocab_size"]),
     )
-    chosen = get("fp32-adamw") if recipe is None else recipe
-    model = build_model(config, seed=proof_seed(nonce), device=device, dtype=DTYPES[chosen.weights])
-    replica = build_replica(model, chosen, inner)
+    chosen = get(REFERENCE) if recipe is None else recipe
+    replica = new_replica(config, chosen, inner, seed=proof_seed(nonce), device=device)
     rate = learning_rate(inner, inner.warmup_tokens)
     for batch in tokens:
         yield replica.step(torch.from_numpy(batch).to(device), rate)

@@ -2,6 +2,7 @@
 
 A recipe says what a replica is made of, in which dtype, where it is and when it is freed.
 ``replica.py`` builds what a recipe says, the planner predicts what it needs, a proof names it.
+``docs/recipes.md`` says what each costs.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ class Recipe:
     """For people."""
     weights: WeightDType = "float32"
     """Of the weights that the forward pass reads, on the device."""
+    compute: WeightDType = "float32"
+    """Of matrix products: ``bfloat16`` with fp32 weights is autocast."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     states: StateDType = "float32"
     """Of the optimizer's moments."""
     states_on: Literal["device", "host"] = "device"
-    """Where the moments live; with them, on the host, an fp32 copy of the weights (the master)."""
+    """Where the moments live; on the host there is an fp32 copy of the weights (the master) too."""
     gradients: Literal["kept", "in-backward", "offloaded"] = "kept"
     """``kept``: all of them live on the device until the step. ``in-backward``: each is used and
     freed as soon as the backward pass has made it. ``offloaded``: each moves to the host then."""
@@ -59,8 +62,15 @@ class Recipe:
     """What must be installed beside talkoot's own dependencies."""
     extra: str | None = None
     """The extra of talkoot that brings ``package``."""
-    speed: float = 1.0
-    """Tokens a second relative to the fastest recipe, an estimate (``docs/recipes.md``)."""
+    cpu_speed: float = 1.0
+    """Tokens a second on a CPU relative to fp32-adamw, measured (``bench/recipes.py``)."""
+    accelerator_speed: float = 1.0
+    """The same on an accelerator with bf16 units. An estimate: none was at hand."""
+
+    @property
+    def trained(self) -> WeightDType:
+        """Dtype of the weights that the optimizer updates and a checkpoint holds."""
+        return "float32" if self.states_on == "host" else self.weights
 
     @property
     def clips_globally(self) -> bool:
@@ -69,19 +79,159 @@ class Recipe:
 
     @property
     def accumulates(self) -> bool:
-        """Whether gradients of several micro-batches can be summed before a step."""
+        """Whether gradients of several micro-batches could be summed before a step."""
         return self.gradients != "in-backward"
+
+    def speed(self, device: str) -> float:
+        """Relative speed on a kind of device: ``cpu`` or anything else."""
+        return self.cpu_speed if device == "cpu" else self.accelerator_speed
+
+
+_SMALL: Final = {"checkpointing": True, "loss": "chunked"}
+_PURE_BF16: Final = {
+    "weights": "bfloat16",
+    "compute": "bfloat16",
+    "stochastic_rounding": True,
+    **_SMALL,
+}
+
+
+def _recipe(name: str, sentence: str, **made: object) -> Recipe:
+    return Recipe(name, sentence, **made)  # type: ignore[arg-type]  # checked by the tests
 
 
 _ALL: Final = (
-    Recipe(
-        name="fp32-adamw",
-        sentence="Everything in fp32 on the device: the reference, and the fastest on a CPU.",
+    _recipe(
+        "amp-adamw",
+        "Weights and moments in fp32, matrix products in bf16, every activation kept: the fastest "
+        "where a GPU has room.",
+        compute="bfloat16",
+        cpu_speed=0.3,
+        accelerator_speed=1.0,
+    ),
+    _recipe(
+        "fp32-adamw",
+        "Everything in fp32, every activation kept: the reference, and the fastest on a CPU.",
+        cpu_speed=1.0,
+        accelerator_speed=0.35,
+    ),
+    _recipe(
+        "amp-adamw-ckpt",
+        "As amp-adamw, but activations are computed twice and logits exist a few at a time.",
+        compute="bfloat16",
+        **_SMALL,
+        cpu_speed=0.25,
+        accelerator_speed=0.75,
+    ),
+    _recipe(
+        "bf16-adamw",
+        "Weights, gradients and moments in bf16, rounded stochastically.",
+        **_PURE_BF16,
+        states="bfloat16",
+        cpu_speed=0.2,
+        accelerator_speed=0.7,
+    ),
+    _recipe(
+        "bf16-backward-adamw",
+        "As bf16-adamw, but each gradient is used and freed within the backward pass.",
+        **_PURE_BF16,
+        states="bfloat16",
+        gradients="in-backward",
+        cpu_speed=0.2,
+        accelerator_speed=0.7,
+    ),
+    _recipe(
+        "bf16-backward-adamw8",
+        "Weights in bf16, moments in 8 bits, gradients freed within the backward pass.",
+        **_PURE_BF16,
+        states="8-bit",
+        gradients="in-backward",
+        cpu_speed=0.2,
+        accelerator_speed=0.6,
+    ),
+    _recipe(
+        "bf16-backward-adamw4",
+        "Weights in bf16, moments in 4 bits, gradients freed within the backward pass.",
+        **_PURE_BF16,
+        states="4-bit",
+        gradients="in-backward",
+        cpu_speed=0.2,
+        accelerator_speed=0.6,
+    ),
+    _recipe(
+        "bf16-backward-adafactor",
+        "Weights in bf16, a factored second moment, gradients freed within the backward pass: the "
+        "least memory in all.",
+        **_PURE_BF16,
+        optimizer="adafactor",
+        states="factored",
+        gradients="in-backward",
+        cpu_speed=0.2,
+        accelerator_speed=0.6,
+    ),
+    _recipe(
+        "fp32-adamw-ckpt",
+        "As fp32-adamw, but activations are computed twice and logits exist a few at a time.",
+        **_SMALL,
+        cpu_speed=0.8,
+        accelerator_speed=0.25,
+    ),
+    _recipe(
+        "fp32-backward-adamw",
+        "Everything in fp32, but each gradient is used and freed within the backward pass.",
+        **_SMALL,
+        gradients="in-backward",
+        cpu_speed=0.8,
+        accelerator_speed=0.25,
+    ),
+    _recipe(
+        "fp32-backward-adamw8",
+        "Weights in fp32, moments in 8 bits, gradients freed within the backward pass.",
+        **_SMALL,
+        states="8-bit",
+        gradients="in-backward",
+        cpu_speed=0.8,
+        accelerator_speed=0.24,
+    ),
+    _recipe(
+        "fp32-backward-adafactor",
+        "Weights in fp32, a factored second moment, gradients freed within the backward pass: the "
+        "least memory for a CPU.",
+        **_SMALL,
+        optimizer="adafactor",
+        states="factored",
+        gradients="in-backward",
+        cpu_speed=0.8,
+        accelerator_speed=0.24,
+    ),
+    _recipe(
+        "bf16-offload-adamw",
+        "Weights in bf16 on the device; fp32 weights, moments and gradients in host memory: AdamW "
+        "in full precision on a small GPU with much RAM.",
+        weights="bfloat16",
+        compute="bfloat16",
+        **_SMALL,
+        states_on="host",
+        gradients="offloaded",
+        cpu_speed=0.2,
+        accelerator_speed=0.15,
+    ),
+    _recipe(
+        "fp32-offload-adamw",
+        "As bf16-offload-adamw with fp32 on the device too: fp32-adamw to the bit.",
+        **_SMALL,
+        states_on="host",
+        gradients="offloaded",
+        cpu_speed=0.8,
+        accelerator_speed=0.1,
     ),
 )
 
 RECIPES: Final[Mapping[str, Recipe]] = {recipe.name: recipe for recipe in _ALL}
-"""By name, from the fastest to the smallest."""
+"""By name, from the fastest to the smallest on an accelerator; :func:`fastest_first` sorts for a
+CPU."""
+REFERENCE: Final = "fp32-adamw"
+"""What every network can train with, and what others are compared to."""
 
 
 def get(name: str) -> Recipe:
@@ -92,3 +242,8 @@ def get(name: str) -> Recipe:
             code="unknown-recipe",
         )
     return RECIPES[name]
+
+
+def fastest_first(device: str) -> list[Recipe]:
+    """All recipes by their speed on a kind of device; equals in the registry's order."""
+    return sorted(RECIPES.values(), key=lambda recipe: -recipe.speed(device))

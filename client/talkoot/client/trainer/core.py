@@ -34,8 +34,8 @@ from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.model import build_model, named_trainable, parse_config
 from talkoot.protocol.payload import PayloadReader
 from talkoot.protocol.proof import proof_steps
-from talkoot.protocol.recipes import Recipe, get
-from talkoot.protocol.replica import DTYPES, Replica, build_replica
+from talkoot.protocol.recipes import REFERENCE, Recipe, get
+from talkoot.protocol.replica import Replica, new_replica
 from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader, WeightsWriter, apply_update, save_weights
 
@@ -80,7 +80,7 @@ class Trainer:
         root: Path,
         device: str | None = None,
         *,
-        recipe: str = "fp32-adamw",
+        recipe: str = REFERENCE,
         checkpoint_seconds: float = 10.0,
     ) -> None:
         self._root = root
@@ -398,10 +398,9 @@ class Trainer:
         """The replica; its weights and state are to be loaded."""
         if self._replica is None:
             run = self._opened
-            model = build_model(
-                run.config, seed=None, device=self._device, dtype=DTYPES[self._recipe.weights]
+            self._replica = new_replica(
+                run.config, self._recipe, run.spec.inner, seed=None, device=self._device
             )
-            self._replica = build_replica(model, self._recipe, run.spec.inner)
         return self._replica
 
     def _drop_replica(self) -> None:

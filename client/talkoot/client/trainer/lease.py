@@ -89,13 +89,15 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
     """All inner steps; returns the checkpoint of the last one, which is on disk."""
     task, sequences, replica = job.task, job.sequences, job.replica
     checkpoint = job.work.checkpoint
-    wanted = (task.lease.lease_id, job.base.digest, sequences.steps)
+    wanted = (task.lease.lease_id, job.base.digest, sequences.steps, replica.recipe.name)
     if checkpoint is not None and wanted != (
         checkpoint.lease_id,
         checkpoint.base_digest,
         checkpoint.steps,
+        checkpoint.moments.recipe,
     ):
-        job.work.drop_checkpoint()  # of a lease that was given up, or of another base
+        # Of a lease that was given up, of another base, or of a recipe that holds other tensors.
+        job.work.drop_checkpoint()
         checkpoint = None
     if checkpoint is None:
         replica.load_weights(WeightsReader(job.work.path(job.base.file), job.manifest).get)
@@ -105,6 +107,8 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
     kept = None if task.fresh_state else job.work.state.moments
     moments = kept if checkpoint is None else checkpoint.moments
     _load_moments(job, moments)
+    # Nodes round differently, so that their roundings cancel; whoever repeats a lease rounds alike.
+    replica.seed = int(task.lease.lease_id[:15], 16)
     step, loss_sum, seconds = 0, 0.0, 0.0
     if checkpoint is not None:
         step, loss_sum, seconds = checkpoint.step, checkpoint.loss_sum, checkpoint.training_seconds
