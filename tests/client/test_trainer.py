@@ -451,3 +451,57 @@ def test_a_directory_is_never_used_for_another_run(make_run: MakeRun, tmp_path: 
     assert taken.value.code == "other-run"
     with pytest.raises(IntegrityError):
         trainer.open(run.spec.model_copy(update={"manifest": run.spec.model}), *run.open_paths)
+
+
+@pytest.mark.parametrize("recipe", ["bf16-backward-adamw8", "bf16-offload-adamw"])
+def test_a_lease_of_another_recipe_survives_a_stop_and_is_repeated_to_the_same_payload(
+    make_run: MakeRun, tmp_path: Path, recipe: str
+) -> None:
+    run = make_run()
+    task, blocks = run.task(range(2))
+    task = task.model_copy(update={"fresh_state": True})
+
+    def trainer(name: str) -> Trainer:
+        made = Trainer(tmp_path / name, "cpu", recipe=recipe, checkpoint_seconds=0)
+        made.open(run.spec, *run.open_paths)
+        made.sync(0, run.weights_digest, (0, run.weights), [])
+        return made
+
+    whole = trainer("whole").train(task, blocks)
+    with pytest.raises(UnavailableError):
+        trainer("broken").train(task, blocks, should_stop=_after(2))
+    steps: list[int] = []
+    resumed = trainer("broken").train(
+        task, blocks, on_progress=lambda report: steps.append(report["step"])
+    )
+    assert steps[0] == 3
+    assert resumed["digest"] == whole["digest"]
+
+    job = ReplayJob(
+        config=dict(trainer("other")._opened.config),
+        spec=run.spec,
+        manifest=run.manifest,
+        corpus=run.corpus,
+        task=task,
+        base=run.weights,
+        blocks=blocks,
+        recipe=recipes.get(recipe),
+    )
+    replay_lease(job, tmp_path / "replay.safetensors")
+    assert sha256_file(tmp_path / "replay.safetensors")[0] == whole["digest"]
+
+
+def test_a_lease_begun_under_another_recipe_is_begun_again(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    task, blocks = run.task(range(2))
+    with pytest.raises(UnavailableError):
+        synced(run, tmp_path / "work", checkpoint_seconds=0).train(
+            task, blocks, should_stop=_after(2)
+        )
+    second = Trainer(tmp_path / "work", "cpu", recipe="bf16-adamw", checkpoint_seconds=0)
+    second.open(run.spec, *run.open_paths)
+    steps: list[int] = []
+    second.train(task, blocks, on_progress=lambda report: steps.append(report["step"]))
+    assert steps[0] == 1

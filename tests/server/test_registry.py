@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import func, select
 
+from talkoot.protocol import recipes
 from talkoot.protocol.errors import (
     ConfigError,
     IntegrityError,
@@ -63,7 +64,7 @@ def report(**changes: object) -> NodeReport:
     return NodeReport.model_validate({**fields, **changes})
 
 
-def true_loss(site: Site, nonce: str) -> float:
+def true_loss(site: Site, nonce: str, recipe: str = "fp32-adamw") -> float:
     spec = site.coordinator.spec
     config = parse_config(site.coordinator.store.path(spec.model.digest).read_bytes())
     return proof_loss(
@@ -73,6 +74,7 @@ def true_loss(site: Site, nonce: str) -> float:
         micro_batch=spec.micro_batch,
         steps=2,
         inner=spec.inner,
+        recipe=recipes.get(recipe),
     )
 
 
@@ -229,6 +231,20 @@ def test_a_loss_that_was_not_computed_is_refused_and_a_true_one_admits_afterward
     assert site.node(node_id).status == "refused"
     assert prove(site, node_id).accepted
     assert site.node(node_id).status == "admitted"
+
+
+def test_a_proof_is_recomputed_by_the_recipe_that_it_names(site: Site) -> None:
+    node_id, _ = site.enrol()
+    nonce = site.registry.challenge(node_id).nonce
+    # Proofs draw bf16 weights in bf16, so the two recipes do not begin alike.
+    loss = true_loss(site, nonce, "bf16-backward-adamw8")
+    signed = site.proof(node_id, nonce, loss=loss, recipe="bf16-backward-adamw8")
+    assert site.registry.prove(node_id, signed).accepted
+    other, _ = site.enrol()
+    nonce = site.registry.challenge(other).nonce
+    with pytest.raises(RefusedError) as refused:
+        site.registry.prove(other, site.proof(other, nonce, recipe="homemade"))
+    assert refused.value.code == "unknown-recipe"
 
 
 def test_a_challenge_is_good_for_one_proof(site: Site) -> None:

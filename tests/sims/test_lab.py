@@ -219,3 +219,19 @@ def test_nodes_with_text_of_their_own_are_leased_that_and_nothing_else(
     with pytest.raises(ConfigError, match="shard"):
         Lab(world, (NodeProfile(shard=2),), tmp_path / "none")
     shutil.rmtree(tmp_path)
+
+
+def test_nodes_with_different_recipes_train_in_one_network(world: World, tmp_path: Path) -> None:
+    names = (
+        "fp32-adamw",
+        "bf16-adamw",
+        "bf16-backward-adamw8",
+        "bf16-backward-adafactor",
+        "bf16-offload-adamw",
+    )
+    lab = Lab(world, tuple(NodeProfile(recipe=name) for name in names), tmp_path)
+    before = lab.heldout_loss()
+    rounds = [lab.run_round() for _ in range(4)]
+    assert all(len(done.accepted) == len(names) for done in rounds)
+    assert lab.heldout_loss() < before - 0.2
+    assert set(lab.replicas()) == {rounds[-2].result.weights_digest}  # what the last began from

@@ -23,7 +23,7 @@ from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.model import build_model
 from talkoot.protocol.payload import write_payload
 from talkoot.protocol.recipes import Recipe
-from talkoot.protocol.replica import DTYPES, build_replica
+from talkoot.protocol.replica import DTYPES, build_replica, rounding_seed
 from talkoot.protocol.schedule import learning_rate, lease_position
 from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader
@@ -69,6 +69,7 @@ def replay_lease(
     model = build_model(job.config, seed=None, device=device, dtype=DTYPES[job.recipe.weights])
     replica = build_replica(model, job.recipe, spec.inner)
     replica.load_weights(base.get)
+    replica.seed = rounding_seed(task.lease.lease_id)
     losses = []
     for step in range(sequences.steps):
         if should_stop():

@@ -359,6 +359,12 @@ def _mix(seed: int, step: int, index: int) -> int:
     return (value ^ (value >> 31)) >> 1
 
 
+def rounding_seed(lease_id: str) -> int:
+    """``Replica.seed`` of a lease: nodes round differently, so that their roundings cancel, and
+    whoever repeats a lease rounds alike."""
+    return int(lease_id[:15], 16)
+
+
 def build_replica(model: torch.nn.Module, recipe: Recipe, inner: InnerSpec) -> Replica:
     """Make ``model`` a replica that trains as ``recipe`` says.
 

@@ -32,6 +32,7 @@ from talkoot.protocol.messages import (
     Verdict,
     canonical_bytes,
 )
+from talkoot.protocol.recipes import RECIPES
 from talkoot.server import rounds
 from talkoot.server.admission import AdmissionPolicy, judge_capability, judge_proof, stale_proof
 from talkoot.server.book import Book
@@ -301,6 +302,13 @@ class Registry:
         from talkoot.protocol.model import parse_config
         from talkoot.protocol.proof import proof_loss
 
+        # By the same recipe: what bf16 does to a loss is then no reason to doubt a node.
+        recipe = RECIPES.get(proof.recipe)
+        if recipe is None:
+            raise RefusedError(
+                f"This coordinator knows no recipe {proof.recipe!r}: upgrade the older of the two.",
+                code="unknown-recipe",
+            )
         config = parse_config(self.coordinator.store.path(spec.model.digest).read_bytes())
         return proof_loss(
             config,
@@ -309,6 +317,7 @@ class Registry:
             micro_batch=spec.micro_batch,
             steps=proof.steps,
             inner=spec.inner,
+            recipe=recipe,
         )
 
     # Operator's decisions -------------------------------------------------------------------------

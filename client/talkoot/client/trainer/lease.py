@@ -21,7 +21,7 @@ from talkoot.protocol.errors import UnavailableError
 from talkoot.protocol.manifest import Manifest
 from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.payload import write_payload
-from talkoot.protocol.replica import Replica
+from talkoot.protocol.replica import Replica, rounding_seed
 from talkoot.protocol.schedule import learning_rate, lease_position
 from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader, WeightsWriter
@@ -107,8 +107,7 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
     kept = None if task.fresh_state else job.work.state.moments
     moments = kept if checkpoint is None else checkpoint.moments
     _load_moments(job, moments)
-    # Nodes round differently, so that their roundings cancel; whoever repeats a lease rounds alike.
-    replica.seed = int(task.lease.lease_id[:15], 16)
+    replica.seed = rounding_seed(task.lease.lease_id)
     step, loss_sum, seconds = 0, 0.0, 0.0
     if checkpoint is not None:
         step, loss_sum, seconds = checkpoint.step, checkpoint.loss_sum, checkpoint.training_seconds
