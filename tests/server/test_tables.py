@@ -60,6 +60,7 @@ def test_markup_and_control_characters_in_an_event_do_nothing(
             "parameters": 1,
             "tokens_committed": 0,
             "loss": None,
+            "heldout": None,
             "nodes": [],
             "history": [],
             "events": [{"unix": 0.0, "sentence": "[/]\x9b2J enrolled."}],
