@@ -22,19 +22,21 @@ from talkoot.client.transfer import TransferClient
 from talkoot.protocol import limits
 from talkoot.protocol.artifacts import ArtifactStore, ChainSource, Slice, Source
 from talkoot.protocol.errors import (
+    RefusedError,
     TalkootError,
 )
 from talkoot.protocol.messages import (
     ArtifactRef,
     NodeReport,
     NodeReportReply,
+    RenewReply,
     Signed,
     Verdict,
 )
 from talkoot.protocol.pieces import Pieces, PieceShelf
 from talkoot.protocol.refusals import from_status
 from talkoot.protocol.wire.transfer_pb2_grpc import TransferStub
-from talkoot.server.transfer import serve
+from talkoot.server.transfer import TransferServer, serve
 
 NODE, OTHER = "0123456789abcdef", "fedcba9876543210"
 LEASE, OTHER_LEASE = "a" * 32, "b" * 32
@@ -114,6 +116,12 @@ class Shelf:
             return Verdict(accepted=False, code="banned", sentence="This node was banned: ask why.")
         return Verdict(accepted=True, code="ok", sentence="")
 
+    def banned_nodes(self) -> frozenset[str]:
+        return frozenset(self.banned)
+
+    def renew(self, signed: Signed, peer_node_id: str | None) -> RenewReply:
+        raise RefusedError(f"{peer_node_id} has a certificate.", code="not-due")
+
     def source(self) -> Source:
         return ChainSource([self.store, *self.extra])
 
@@ -151,6 +159,7 @@ class Shelf:
             poll_seconds=3.0,
             latest_version=7,
             run_finished=False,
+            head=signed("Head"),
             latest=None,
             lease_open=True,
         )
@@ -189,7 +198,7 @@ class Network:
     shelf: Shelf
     home: Path
     address: str = ""
-    server: grpc.Server | None = None
+    server: TransferServer | None = None
     closing: list[Callable[[], object]] = field(default_factory=list)
 
     first_word_seconds: float = 60.0

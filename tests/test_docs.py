@@ -16,14 +16,13 @@ import typer
 
 from talkoot.client import cli as client_cli
 from talkoot.protocol import limits
-from talkoot.protocol.wire import transfer_pb2
 from talkoot.server import cli as server_cli
-from talkoot.server.fleet_proxy import FLEET_PATHS
 from talkoot.sims import cli as sims_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 OPERATOR = ROOT / "docs" / "operator.md"
+SURFACE = ROOT / "docs" / "surface.md"
 COMMANDS = {
     "talkoot": client_cli.app,
     "talkoot-coordinator": server_cli.app,
@@ -41,10 +40,6 @@ def section(page: Path, title: str) -> str:
     found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
     assert found is not None, title
     return found[1]
-
-
-def first_column(table: str) -> list[str]:
-    return re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
 
 
 # Links ----------------------------------------------------------------------
@@ -195,33 +190,11 @@ def test_each_key_of_the_configuration_has_a_meaning() -> None:
     assert silent == []
 
 
-# What is public ----------------------------------------------------------------------
+# What is public: the rest is in test_surface.py --------------------------------------------------
 
 
-def test_the_operators_page_lists_the_gateways_calls_and_no_others() -> None:
-    from talkoot.server.gateway import Gateway
-    from talkoot.server.http_edge import RateLimiter
-
-    class Nobody:
-        def info(self) -> object: ...
-        def ca_pem(self) -> bytes: ...  # type: ignore[empty-body]
-        def status(self) -> bytes: ...  # type: ignore[empty-body]
-
-    gateway = Gateway(Nobody(), "https://127.0.0.1:1", RateLimiter(1, 1))  # type: ignore[arg-type]
-    pages = {f"GET {path.decode()}" for path in (b"/", *gateway._pages_by_path)}
-    calls = {f"POST {path.decode()}" for path in (b"/api/v1/enrol", *FLEET_PATHS)}
-    listed = first_column(section(OPERATOR, "Gateway"))
-    assert sorted(listed) == sorted(pages | calls)
-
-
-def test_the_operators_page_lists_the_transfer_services_methods_and_no_others() -> None:
-    service = transfer_pb2.DESCRIPTOR.services_by_name["Transfer"]
-    listed = first_column(section(OPERATOR, "Transfer service"))
-    assert sorted(listed) == sorted(method.name for method in service.methods)
-
-
-def test_the_operators_page_lists_every_cap_with_its_value() -> None:
+def test_the_page_about_the_surface_lists_every_cap_with_its_value() -> None:
     units = {"KIB", "MIB", "GIB", "PROTOCOL_VERSION"}
     caps = {k: v for k, v in vars(limits).items() if k.isupper() and k not in units}
-    rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", section(OPERATOR, "Caps"), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", section(SURFACE, "Caps"), re.MULTILINE)
     assert {name: int(value) for name, value in rows} == caps

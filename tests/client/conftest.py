@@ -93,6 +93,7 @@ class RunFiles:
         )
         task = RoundTask(
             run_id=self.spec.run_id,
+            generation=0,
             round=round_number,
             lease=lease,
             base=VersionRef(
@@ -107,6 +108,7 @@ class RunFiles:
             tokens_round=tokens,
             issued_unix=0.0,
             deadline_unix=0.0,
+            expires_unix=0.0,
             poll_seconds=0.0,
         )
         return task, [self.blocks[block] for block in blocks]

@@ -106,6 +106,8 @@ def test_enrolling_only_proves_once_and_prints_the_command_for_a_stock_supernode
 
 def test_a_home_that_node_config_cannot_carry_is_refused(tmp_path: Path) -> None:
     enrolment = Enrolment(
+        run_id="test-run",
+        trust_serial=1,
         node_id="0" * 16,
         name="ada",
         host="::1",

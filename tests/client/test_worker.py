@@ -359,7 +359,7 @@ def _of_no_such_block(rig: Rig, task: RoundTask) -> Signed:
         (_lease(node_id=OTHER_NODE), IntegrityError, "wrong-task"),
         (_for_another_run, IntegrityError, "wrong-task"),
         (_old, IntegrityError, "replayed-task"),
-        (_of_two_rounds, IntegrityError, "replayed-task"),
+        (_of_two_rounds, IntegrityError, "wrong-task"),
         (_without_a_link, ProtocolError, "malformed"),
         (_of_no_such_block, ProtocolError, "malformed"),
         (_lease(tokens=1), ProtocolError, "malformed"),
@@ -397,7 +397,8 @@ def test_following_goes_forward_and_never_back(rig: Rig) -> None:
 
 def test_a_version_that_the_coordinator_did_not_sign_is_not_followed(rig: Rig) -> None:
     ref = rig.site.version_ref()
-    forged = NodeKey.generate().sign("VersionRef", canonical_bytes(ref))
+    statement = rig.site.sign(ref)
+    forged = NodeKey.generate().sign("VersionStatement", statement.body.encode("ascii"))
     with pytest.raises(IntegrityError):
         rig.worker.follow(forged)
     assert rig.trainer.calls == []
@@ -438,7 +439,7 @@ def test_a_coordinator_that_offers_another_run_is_refused(rig: Rig) -> None:
 
 
 def test_a_run_of_another_protocol_is_refused_with_the_way_out(rig: Rig) -> None:
-    rig.desk.other_spec = _spec(rig, protocol=2)
+    rig.desk.other_spec = _spec(rig, protocol=99)
     with pytest.raises(VersionError, match="upgrade"):
         rig.again().prepare()
 

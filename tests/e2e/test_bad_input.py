@@ -56,7 +56,7 @@ def test_each_wrong_invite_is_refused_with_its_own_sentence_and_enrols_nobody(
     good = Invite.parse(coordinator.invite(1))
 
     def varied(
-        host: str = good.host, ca: str = good.ca_fingerprint, token: str = good.token
+        host: str = good.host, ca: str = good.ca_fingerprint, token: str | None = good.token
     ) -> str:
         return Invite(host=host, port=good.port, ca_fingerprint=ca, token=token).url()
 

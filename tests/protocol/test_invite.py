@@ -24,8 +24,16 @@ invites = st.builds(
     hosts,
     st.integers(1, 65535),
     st.text("0123456789abcdef", min_size=64, max_size=64),
-    st.text(string.ascii_letters + string.digits + "-_", min_size=16, max_size=128),
+    st.none() | st.text(string.ascii_letters + string.digits + "-_", min_size=16, max_size=128),
 )
+
+
+def test_a_link_for_everybody_has_no_token_and_half_an_invite_is_not_one() -> None:
+    link = f"https://train.example.org:8443/ask#ca={CA}"
+    assert Invite.parse(link) == Invite("train.example.org", 8443, CA, None)
+    assert Invite.parse(link).url() == link
+    with pytest.raises(ConfigError, match="only ca="):
+        Invite.parse(f"{link}&token={TOKEN}")
 
 
 @given(invites)

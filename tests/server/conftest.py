@@ -113,7 +113,7 @@ class Site:
 
     # Nodes ----------------------------------------------------------------------------------------
 
-    def request(self, token: str, key: NodeKey, name: str = "anna") -> EnrolRequest:
+    def request(self, token: str | None, key: NodeKey, name: str = "anna") -> EnrolRequest:
         return EnrolRequest(
             protocol=PROTOCOL_VERSION,
             token=token,

@@ -45,13 +45,20 @@ from talkoot.protocol.messages import (
     EnrolReply,
     EnrolRequest,
     Refusal,
+    RenewReply,
+    RenewRequest,
+    Signed,
+    TrustBundle,
+    canonical_bytes,
     parse,
 )
-from talkoot.server import http_edge
+from talkoot.server import http_edge, rates
 from talkoot.server.ca import CertificateAuthority
 from talkoot.server.fleet_proxy import FLEET_PATHS
+from talkoot.server.gateway import GatewayLimits
 from talkoot.server.gateway_server import GatewayServer, GatewaySettings, serve_gateway
-from talkoot.server.http_edge import RateLimiter, TimedCache, rate_key
+from talkoot.server.http_edge import TimedCache
+from talkoot.server.rates import RateLimiter, rate_key
 
 TOKEN = "a-token-that-is-long-enough"
 CAPABILITY = Capability(
@@ -160,13 +167,29 @@ class MemoryCoordinator:
             certificate = self.ca.issue_node(make_csr(self.impostor, "x"), 30)
         (name,) = load_certificate(certificate).subject
         return EnrolReply(
+            run_id="test-run",
             node_id=str(name.value),
             certificate_pem=certificate.decode("ascii"),
-            ca_pem=self.ca.certificate_pem.decode("ascii"),
+            trust=self.trust(),
             coordinator_key_pem=self.key.public_pem.decode("ascii"),
             transfer_port=8444,
             poll_seconds=3.0,
         )
+
+    def trust(self) -> Signed:
+        bundle = TrustBundle(
+            run_id="test-run",
+            serial=1,
+            authorities=(self.ca.certificate_pem.decode("ascii"),),
+            issued_unix=0.0,
+        )
+        return self.key.sign("TrustBundle", canonical_bytes(bundle))
+
+    def renew(self, signed: Signed, peer_node_id: str | None) -> RenewReply:
+        assert peer_node_id is None
+        claim = parse(RenewRequest, signed.body.encode("ascii"))
+        certificate = self.ca.issue_node(claim.csr_pem.encode("ascii"), 30)
+        return RenewReply(certificate_pem=certificate.decode("ascii"), trust=self.trust())
 
     def is_banned(self, public_key: bytes) -> str | None:
         return self.banned.get(public_key)
@@ -238,6 +261,7 @@ class Credentials:
     ca: CertificateAuthority
     certificate: Path
     key: Path
+    authority: Path
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +271,9 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
     key = NodeKey.generate()
     key.save(directory / "server-key.pem")
     (directory / "server.pem").write_bytes(ca.issue_server([], [], key))
-    return Credentials(ca, directory / "server.pem", directory / "server-key.pem")
+    return Credentials(
+        ca, directory / "server.pem", directory / "server-key.pem", directory / "ca.pem"
+    )
 
 
 @pytest.fixture
@@ -260,8 +286,8 @@ def site(credentials: Credentials) -> Iterator[Site]:
         credentials.certificate,
         credentials.key,
         upstream.port,
-        enrol_burst=4,
-        enrol_per_second=1e-6,
+        credentials.authority,
+        caps=GatewayLimits(join=(4, 1e-6)),
     )
     with serve_gateway(backend, settings) as server:
         yield Site(backend, upstream, server, settings)
@@ -524,7 +550,12 @@ def test_a_superlink_with_another_authoritys_certificate_gets_nothing(
     (tmp_path / "cert.pem").write_bytes(other.issue_server([], [], key))
     impostor = Upstream(tmp_path / "cert.pem", tmp_path / "key.pem")
     settings = GatewaySettings(
-        "127.0.0.1", 0, credentials.certificate, credentials.key, impostor.port
+        "127.0.0.1",
+        0,
+        credentials.certificate,
+        credentials.key,
+        impostor.port,
+        credentials.authority,
     )
     with serve_gateway(site.backend, settings) as server:
         assert Site(site.backend, impostor, server, settings).post(PULL)[0] == 503
@@ -685,7 +716,7 @@ def test_the_status_says_what_kind_of_refusal_it_is(site: Site) -> None:
     body = json.dumps({"protocol": limits.PROTOCOL_VERSION + 1, "new": True}).encode()
     status, answer = site.post(b"/api/v1/enrol", body)
     assert (status, refusal_of(answer).code) == (426, "protocol-version")
-    for bad in (b"", b"[" * 60_000, b'{"protocol":1}'):
+    for bad in (b"", b"[" * 60_000, b'{"protocol":%d}' % limits.PROTOCOL_VERSION):
         assert site.post(b"/api/v1/enrol", bad)[0] == 400
     assert site.backend.enrolments == []
 
@@ -804,9 +835,9 @@ def test_no_address_passes_more_often_than_its_burst_and_rate_allow(
 
 def test_the_limiter_remembers_a_bounded_number_of_addresses() -> None:
     limiter = RateLimiter(1, 1)
-    for number in range(3 * http_edge.MAX_CACHE_ENTRIES):
+    for number in range(3 * rates.MAX_KEYS):
         limiter.allow(str(number), 0.0)
-    assert len(limiter._buckets) == http_edge.MAX_CACHE_ENTRIES
+    assert len(limiter._buckets) == rates.MAX_KEYS
 
 
 def test_addresses_of_one_household_count_as_one() -> None:
@@ -823,11 +854,18 @@ def test_a_port_in_use_and_a_missing_certificate_are_clear_errors(
     site: Site, credentials: Credentials, tmp_path: Path
 ) -> None:
     taken = GatewaySettings(
-        "127.0.0.1", site.server.port, credentials.certificate, credentials.key, 1
+        "127.0.0.1",
+        site.server.port,
+        credentials.certificate,
+        credentials.key,
+        1,
+        credentials.authority,
     )
     with pytest.raises(ConfigError, match="cannot listen"):
         serve_gateway(site.backend, taken)
-    missing = GatewaySettings("127.0.0.1", 0, tmp_path / "no.pem", credentials.key, 1)
+    missing = GatewaySettings(
+        "127.0.0.1", 0, tmp_path / "no.pem", credentials.key, 1, credentials.authority
+    )
     with pytest.raises(StateError, match="issue them again"):
         serve_gateway(site.backend, missing)
 

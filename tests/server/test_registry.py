@@ -19,7 +19,7 @@ from talkoot.protocol.errors import (
     VersionError,
 )
 from talkoot.protocol.identity import NodeKey, load_certificate, load_public_key, verify
-from talkoot.protocol.messages import NodeReport, Verdict, VersionRef
+from talkoot.protocol.messages import NodeReport, Verdict, VersionStatement
 from talkoot.protocol.model import parse_config
 from talkoot.protocol.proof import proof_loss
 from talkoot.server.admission import judge_proof
@@ -152,6 +152,7 @@ def test_the_ledger_holds_no_token(site: Site) -> None:
     invite = site.registry.invite(uses=1, expires_seconds=3600)
     with site.coordinator.ledger.read() as session:
         kept = session.scalars(select(Invite.token_sha256)).one()
+    assert invite.token is not None
     assert invite.token not in kept
     site.coordinator.close()
     assert invite.token.encode() not in (site.coordinator.state.root / "ledger.db").read_bytes()
@@ -381,7 +382,7 @@ def test_a_node_that_is_behind_is_shown_the_signed_way_to_the_newest_version(sit
     answer = site.registry.report(node_id, report(version=None))
     assert answer.latest is not None
     key = load_public_key(site.enrol("bert")[1].coordinator_key_pem.encode())
-    ref = verify(answer.latest, "VersionRef", key, VersionRef)
+    ref = verify(answer.latest, "VersionStatement", key, VersionStatement).ref
     assert (ref.version, ref.checkpoint_version, ref.updates) == (0, 0, ())
 
 

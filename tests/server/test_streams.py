@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from talkoot.protocol.errors import UnavailableError
-from talkoot.server.streams import Stream, StreamTable
+from talkoot.server.streams import MIN_PROGRESS, Stream, StreamTable
 
 
 class Table(StreamTable):
@@ -53,7 +53,7 @@ def test_a_full_table_ends_what_stands_still_and_nothing_that_moves() -> None:
     table = Table()
     streams = [table.open(node) for node in "abcd"]
     table.time = 9.0
-    streams[0].touch()
+    streams[0].touch(MIN_PROGRESS)
     table.time = 11.0
     table.open("e")
     assert table.cancelled == streams[1:]

@@ -496,6 +496,7 @@ def test_a_banned_node_is_refused_on_every_call_with_the_reason(network: Network
                 stub.Report,
                 stub.GetRun,
                 stub.GetTask,
+                stub.Renew,
             )
         ),
     ]

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from talkoot.client.app import HOME_KEY
+from talkoot.client.fresh import PASSING
 from talkoot.client.home import Home
 from talkoot.client.trainer_host import CLOSE_SECONDS, TrainerHost
 from talkoot.client.worker import DISK_FULL, Reporter, Worker, set_current
@@ -68,6 +69,7 @@ class Daemon:
         self._failure: TalkootError | None = None
         self._thread = threading.Thread(target=self._guarded, name="worker", daemon=True)
         self._host: FleetHost | None = None
+        self._host_trust = 0
         self._last_told = ""
         self._reachable = False
         self._finished = False
@@ -172,6 +174,12 @@ class Daemon:
                     self._tell(f"{err.sentence} Trying again.")
                 self._host_lost()
                 self._stop.wait(REFUSED_SECONDS)
+            except ProtocolError as err:
+                if err.code not in PASSING:
+                    raise
+                # Signed, and not of now: it is not done, and what is of now may come.
+                self._tell(f"{err.sentence} It is left aside.")
+                self._stop.wait(REFUSED_SECONDS)
 
     def _host_lost(self) -> None:
         host, self._host = self._host, None
@@ -221,6 +229,7 @@ class Daemon:
         if node_id != self._worker.counters.flower_node_id:
             self._worker.save_counters(flower_node_id=node_id)
         self._host = host
+        self._host_trust = enrolment.trust_serial
         self._tell("Connected; waiting for work.")
 
     def _resume(self) -> None:
@@ -242,6 +251,9 @@ class Daemon:
             except ProtocolError as err:
                 # Nothing of it was believed, and it does not come again.
                 self._tell(f"{err.sentence} It is left aside.")
+            if self._worker.enrolment.trust_serial != self._host_trust:
+                self._host_lost()  # it trusts the CAs of before
+                return
             reply = self._worker.reply
             if reply is not None and reply.latest is not None:
                 self._worker.follow(reply.latest)
@@ -256,6 +268,8 @@ class Daemon:
         if isinstance(reply, TalkootError):
             if isinstance(reply, RefusedError) and reply.code in FOR_GOOD:
                 self._end(reply)
+            elif isinstance(reply, ProtocolError):
+                self._tell(reply.sentence)
             elif self._reachable:
                 self._reachable = False
                 self._tell("The coordinator does not answer; waiting for it. Training goes on.")

@@ -16,8 +16,7 @@ from typing import Annotated, Any, Final, Literal
 
 import httpx
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from talkoot.protocol import limits
@@ -36,10 +35,13 @@ from talkoot.protocol.identity import (
     MAX_PEM,
     NodeKey,
     fingerprint,
+    issued_by,
+    load_bundle,
     load_certificate,
     load_public_key,
     make_csr,
     read_small,
+    verify,
 )
 from talkoot.protocol.invite import Invite
 from talkoot.protocol.messages import (
@@ -51,6 +53,8 @@ from talkoot.protocol.messages import (
     Name,
     NodeId,
     Refusal,
+    RunId,
+    TrustBundle,
     canonical_bytes,
     parse,
 )
@@ -61,6 +65,7 @@ TOTAL_SECONDS: Final = 60.0
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Pem = Annotated[str, Field(min_length=1, max_length=MAX_PEM)]
+Bundle = Annotated[str, Field(min_length=1, max_length=limits.MAX_AUTHORITIES * MAX_PEM)]
 
 
 class Enrolment(Message):
@@ -70,15 +75,24 @@ class Enrolment(Message):
     """
 
     schema_version: Literal[1] = 1
+    run_id: RunId
     node_id: NodeId
     name: Name
     host: Annotated[str, Field(min_length=1, max_length=253)]
     gateway_port: Port
     transfer_port: Port
-    ca_pem: Pem
+    trust_serial: Annotated[int, Field(ge=1)]
+    """Of the TrustBundle that ``ca_pem`` is from: an older one is refused."""
+    ca_pem: Bundle
+    """The CAs of the network, one PEM after the other."""
     certificate_pem: Pem
     coordinator_key_pem: Pem
-    """Public key that signs runs and tasks."""
+    """Public key that signs runs, tasks, versions and trust."""
+
+    def door(self) -> Invite:
+        """Where the coordinator's gateway is."""
+        known = load_bundle(self.ca_pem.encode("ascii"))[0].fingerprint(hashes.SHA256()).hex()
+        return Invite(self.host, self.gateway_port, known, None)
 
     def save(self, path: Path) -> None:
         """Write ``enrolment.json`` atomically, readable by its owner only."""
@@ -121,7 +135,7 @@ def fetch_info(invite: Invite) -> CoordinatorInfo:
         VersionError: it speaks another protocol version.
         ProtocolError: it doesn't speak talkoot at all.
     """
-    with _pinned_client(invite, _pinned_ca(invite)) as client:
+    with pinned_client(invite, _pinned_ca(invite)) as client:
         return _info(invite, client)
 
 
@@ -136,18 +150,20 @@ def enrol(invite: Invite, key: NodeKey, name: str, capability: Capability) -> En
     """
     request = _request(invite, key, name, capability)
     ca_pem = _pinned_ca(invite)
-    with _pinned_client(invite, ca_pem) as client:
+    with pinned_client(invite, ca_pem) as client:
         _info(invite, client)
-        answer = _call(invite, client, "POST", "/api/v1/enrol", canonical_bytes(request))
+        answer = call(invite, client, "POST", "/api/v1/enrol", canonical_bytes(request))
     reply = parse(EnrolReply, answer)
-    _check_reply(reply, invite, key, ca_pem)
+    trust = _check_reply(reply, key, ca_pem)
     return Enrolment(
+        run_id=reply.run_id,
         node_id=reply.node_id,
         name=name,
         host=invite.host,
         gateway_port=invite.port,
         transfer_port=reply.transfer_port,
-        ca_pem=ca_pem.decode("ascii"),
+        trust_serial=trust.serial,
+        ca_pem="".join(trust.authorities),
         certificate_pem=reply.certificate_pem,
         coordinator_key_pem=reply.coordinator_key_pem,
     )
@@ -172,12 +188,9 @@ def _request(invite: Invite, key: NodeKey, name: str, capability: Capability) ->
 
 def _pinned_ca(invite: Invite) -> bytes:
     """The CA's certificate, re-encoded, once its fingerprint is the invite's."""
-    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # Nothing is believed yet: the fingerprint below decides, and no secret is sent before it has.
-    anybody.check_hostname = False
-    anybody.verify_mode = ssl.CERT_NONE
-    with _client(invite, anybody) as client:
-        pem = _call(invite, client, "GET", "/api/v1/ca")
+    with unverified_client(invite) as client:
+        pem = call(invite, client, "GET", "/api/v1/ca")
     certificate = load_certificate(pem)
     # Re-encoded, so that nothing beside the one certificate that was checked is trusted.
     pem = certificate.public_bytes(serialization.Encoding.PEM)
@@ -193,7 +206,16 @@ def _pinned_ca(invite: Invite) -> bytes:
     return pem
 
 
-def _pinned_client(invite: Invite, ca_pem: bytes) -> httpx.Client:
+def unverified_client(invite: Invite) -> httpx.Client:
+    """For what is believed by its own fingerprint or signature, and by nothing else."""
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anybody.check_hostname = False
+    anybody.verify_mode = ssl.CERT_NONE
+    return _client(invite, anybody)
+
+
+def pinned_client(invite: Invite, ca_pem: bytes) -> httpx.Client:
+    """Trusts these CAs and no other."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks certificate and name
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=ca_pem.decode("ascii"))
@@ -212,7 +234,7 @@ def _client(invite: Invite, context: ssl.SSLContext) -> httpx.Client:
 
 
 def _info(invite: Invite, client: httpx.Client) -> CoordinatorInfo:
-    body = _call(invite, client, "GET", "/api/v1/info")
+    body = call(invite, client, "GET", "/api/v1/info")
     try:
         theirs = _AnyInfo.model_validate_json(body).protocol
     except ValidationError as err:
@@ -227,10 +249,10 @@ def _info(invite: Invite, client: httpx.Client) -> CoordinatorInfo:
     return parse(CoordinatorInfo, body)
 
 
-def _call(
+def call(
     invite: Invite, client: httpx.Client, method: str, path: str, body: bytes | None = None
 ) -> bytes:
-    """One capped exchange; every failure becomes a sentence."""
+    """One capped exchange with ``invite``'s host; every failure becomes a sentence."""
     where = f"{invite.host}:{invite.port}"
     # The name is checked against the pinned CA's certificate: the address is only how to get there.
     extensions: dict[str, Any] = {"sni_hostname": COORDINATOR_NAME}
@@ -290,29 +312,44 @@ def _not_talkoot(invite: Invite) -> ProtocolError:
     )
 
 
-def _check_reply(reply: EnrolReply, invite: Invite, key: NodeKey, ca_pem: bytes) -> None:
-    """The certificate must be ours, from the pinned CA, and of the id that our key implies."""
-    certificate = load_certificate(reply.certificate_pem.encode("utf-8"))
-    authority = load_certificate(ca_pem)
-    load_public_key(reply.coordinator_key_pem.encode("utf-8"))
-    try:
-        certificate.verify_directly_issued_by(authority)
-        issued = True
-    except (ValueError, TypeError, InvalidSignature):
-        issued = False
+def _check_reply(reply: EnrolReply, key: NodeKey, ca_pem: bytes) -> TrustBundle:
+    """The CAs must be signed and hold the pinned one; the certificate must be ours, from them."""
+    signer = load_public_key(reply.coordinator_key_pem.encode("utf-8"))
+    trust = verify(reply.trust, "TrustBundle", signer, TrustBundle)
+    for pem in trust.authorities:
+        load_certificate(pem.encode("utf-8"))
+    if (
+        trust.run_id != reply.run_id
+        or ca_pem.decode("ascii") not in trust.authorities
+        or reply.node_id != key.node_id
+    ):
+        raise _wrong_certificate()
+    check_certificate(reply.certificate_pem, key, "".join(trust.authorities))
+    return trust
+
+
+def check_certificate(certificate_pem: str, key: NodeKey, ca_pem: str) -> None:
+    """A certificate must be for our key and the id that it implies, and from one of these CAs.
+
+    Raises:
+        IntegrityError: it is not.
+    """
+    certificate = load_certificate(certificate_pem.encode("utf-8"))
     names = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     if (
-        not issued
+        not issued_by(certificate, load_bundle(ca_pem.encode("utf-8")))
         or certificate.public_key() != key.public_key
-        or reply.node_id != key.node_id
         or [name.value for name in names] != [key.node_id]
-        or fingerprint(reply.ca_pem.encode("utf-8")) != invite.ca_fingerprint
     ):
-        raise IntegrityError(
-            "The coordinator answered with a certificate that is not for this node's key or not "
-            "from its own CA: tell the operator.",
-            code="wrong-certificate",
-        )
+        raise _wrong_certificate()
+
+
+def _wrong_certificate() -> IntegrityError:
+    return IntegrityError(
+        "The coordinator answered with a certificate that is not for this node's key or not "
+        "from its own CA: tell the operator.",
+        code="wrong-certificate",
+    )
 
 
 def _is_certificate_error(err: BaseException | None) -> bool:

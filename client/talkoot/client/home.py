@@ -45,8 +45,12 @@ class Counters(Message):
     flower_node_id: int | None = None
     run_spec_sha256: Digest | None = None
     """The run that this node joined: a coordinator cannot swap it for another."""
+    generation: int = -1
+    """Of the coordinator's state, as last seen; with the four below: see ``fresh.py``."""
+    newest_version: int = -1
+    newest_digest: Digest | None = None
     newest_round: int = -1
-    """The newest round that this node has answered: an older task is a replay."""
+    newest_attempt: int = -1
     settled_lease: LeaseId | None = None
     """The last lease that was answered: its task may come again, over the other plane."""
     settled_accepted: bool = False

@@ -22,12 +22,16 @@ from talkoot.protocol.files import DirectoryLock, explain_os_error, write_atomic
 from talkoot.protocol.identity import NodeKey
 from talkoot.protocol.invite import Invite
 from talkoot.protocol.memory import format_size
+from talkoot.protocol.messages import Capability
+from talkoot.protocol.refusals import AWAITS_APPROVAL
 
 Say = Callable[[str], None]
 
 LEAVE_SECONDS = 120.0
 """What a daemon may take to finish its step and save."""
 LOOK_SECONDS = 0.2
+ASK_SECONDS = 15.0
+"""How often a node that waits to be let in asks: well within what an address may."""
 
 
 def join(
@@ -164,9 +168,33 @@ def _enrol_if_needed(
     )
     key = NodeKey.load(home.key) if home.key.exists() else NodeKey.generate()
     key.save(home.key)
-    enrolment = enrol(invite, key, name or platform.node()[:64] or "node", capability)
+    chosen_name = name or platform.node()[:64] or "node"
+    enrolment = _enrol_patiently(invite, key, chosen_name, capability, say)
     enrolment.save(home.enrolment)
     say(f"Enrolled as {enrolment.name} ({enrolment.node_id}).")
+
+
+def _enrol_patiently(
+    invite: Invite, key: NodeKey, name: str, capability: Capability, say: Say
+) -> Enrolment:
+    """Enrol; without an invite's token, wait in the operator's queue for as long as it takes."""
+    told = False
+    while True:
+        try:
+            return enrol(invite, key, name, capability)
+        except RefusedError as err:
+            if err.code != AWAITS_APPROVAL:
+                raise
+            if not told:
+                told = True
+                say(
+                    f"{err.sentence} This node is {key.node_id}. Ctrl-C ends; asking goes on later."
+                )
+        except UnavailableError as err:
+            if not told:  # nobody waits yet: whoever typed the link wants to know
+                raise
+            say(f"{err.sentence} Asking again.")
+        time.sleep(ASK_SECONDS)
 
 
 def leave(home: Home, say: Say) -> None:

@@ -43,6 +43,7 @@ from talkoot.protocol.messages import (
     ArtifactRef,
     NodeReport,
     NodeReportReply,
+    RenewReply,
     Signed,
     Verdict,
     canonical_bytes,
@@ -131,26 +132,39 @@ class TransferClient:
         self._options = options or TransferOptions()
         self._up = RateLimit(self._options.max_rate_up)
         self._down = RateLimit(self._options.max_rate_down)
-        credentials = grpc.ssl_channel_credentials(ca_pem, key_pem, cert_pem)
-        override = () if server_name is None else (("grpc.ssl_target_name_override", server_name),)
-        self._channel = grpc.secure_channel(
-            address, credentials, options=MESSAGE_OPTIONS + override
+        self._address = address
+        self._key_pem = key_pem
+        self._override = (
+            () if server_name is None else (("grpc.ssl_target_name_override", server_name),)
         )
-        self._stub = TransferStub(self._channel)
-        self._bulk_channel = grpc.secure_channel(address, credentials, options=OPTIONS + override)
-        self._bulk = TransferStub(self._bulk_channel)
+        self._channels: list[grpc.Channel] = []
         self._mirrors = MirrorFetcher(
             lambda watch, amount: self._account(watch, down=amount),
             self._options.max_rate_down,
             mirror_limits,
         )
         self._closed = False
+        self.use_certificate(ca_pem, cert_pem)
+
+    def use_certificate(self, ca_pem: bytes, cert_pem: bytes) -> None:
+        """Go on with a renewed certificate of the same key; what is under way ends as it began."""
+        credentials = grpc.ssl_channel_credentials(ca_pem, self._key_pem, cert_pem)
+        messages, bulk = (
+            grpc.secure_channel(self._address, credentials, options=options + self._override)
+            for options in (MESSAGE_OPTIONS, OPTIONS)
+        )
+        self._stub, self._bulk = TransferStub(messages), TransferStub(bulk)
+        self._channels += (messages, bulk)
+        while len(self._channels) > 4:  # by the renewal after next it is long over
+            self._channels.pop(0).close()
+        if self._closed:  # somebody closed us meanwhile
+            self.close()
 
     def close(self) -> None:
         """Drop the connections; transfers that run end with :class:`Stopped`."""
         self._closed = True
-        self._channel.close()
-        self._bulk_channel.close()
+        for channel in list(self._channels):
+            channel.close()
 
     @property
     def mirrors(self) -> MirrorFetcher:
@@ -438,6 +452,10 @@ class TransferClient:
             if err.code == "no-task":
                 return None
             raise
+
+    def renew(self, request: Signed) -> RenewReply:
+        """Ask for a new certificate (a signed RenewRequest). The caller checks what comes."""
+        return parse(RenewReply, self._send(self._stub.Renew, canonical_bytes(request)))
 
     def _send(
         self,

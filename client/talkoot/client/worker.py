@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from talkoot.client.enrol import Enrolment
+from talkoot.client.fresh import Seen, see_head, see_task, see_version
 from talkoot.client.home import Counters, Home
+from talkoot.client.membership import Membership
 from talkoot.client.pace import Meter, TransferOptions
 from talkoot.client.trainer_host import TrainerHost
 from talkoot.client.transfer import TransferClient
@@ -39,6 +41,7 @@ from talkoot.protocol.messages import (
     ArtifactRef,
     Capability,
     Contribution,
+    Head,
     MirrorList,
     NodeReport,
     NodeReportReply,
@@ -49,6 +52,7 @@ from talkoot.protocol.messages import (
     Signed,
     Verdict,
     VersionRef,
+    VersionStatement,
     canonical_bytes,
     parse,
 )
@@ -58,6 +62,7 @@ log = logging.getLogger(__name__)
 State = Literal["idle", "syncing", "proving", "training", "pushing", "paused"]
 
 MAX_RETRY_SECONDS = 5.0
+MIN_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.02, 600.0
 MAX_TRAINER_DEATHS = 3
 """In one lease; a node that cannot hold on gives the lease back."""
 REPLICA_DIFFERS = "replica-differs"
@@ -81,13 +86,12 @@ class Worker:
     ) -> None:
         self.home = home
         self.trainer = trainer
-        self.enrolment = Enrolment.load(home.enrolment)
+        enrolment = Enrolment.load(home.enrolment)
         self.key = NodeKey.load(home.key)
         self._say = say
         self._settings = home.settings()
         self.counters: Counters = home.counters()
         self.meter = Meter(self.counters.bytes_up, self.counters.bytes_down)
-        enrolment = self.enrolment
         host = f"[{enrolment.host}]" if ":" in enrolment.host else enrolment.host
         self.transfer = TransferClient(
             f"{host}:{enrolment.transfer_port}",
@@ -108,6 +112,9 @@ class Worker:
         self._mirrors_until = 0.0  # monotonic seconds
         self._stop = threading.Event()
         self._closed_leases: set[str] = set()
+        self._saving = threading.Lock()
+        self._seeing = threading.Lock()
+        self.membership = Membership(home, self.key, enrolment, self.transfer)
         # What the reporter tells; single assignments, read by another thread.
         self.state: State = "idle"
         self.lease_id: str | None = None
@@ -118,6 +125,11 @@ class Worker:
         self.loss: float | None = None
         self.tokens_per_second = 0.0
         self.reply: NodeReportReply | None = None
+
+    @property
+    def enrolment(self) -> Enrolment:
+        """Whom this node trains for, with its newest certificate."""
+        return self.membership.enrolment
 
     # Stopping -------------------------------------------------------------------------------------
 
@@ -138,10 +150,43 @@ class Worker:
         self.save_counters()
 
     def save_counters(self, **changes: Any) -> None:
-        """Save what lasts beyond this process."""
+        """Save what lasts beyond this process. Thread-safe."""
         meter = {"bytes_up": self.meter.bytes_up, "bytes_down": self.meter.bytes_down}
-        self.counters = self.counters.model_copy(update={**meter, **changes})
-        self.home.save(self.home.counters_path, self.counters)
+        with self._saving:
+            self.counters = self.counters.model_copy(update={**meter, **changes})
+            self.home.save(self.home.counters_path, self.counters)
+
+    # Freshness ------------------------------------------------------------------------------------
+
+    def _see(self, look: Callable[[Seen], Seen]) -> None:
+        """Hold a statement against what was seen before, and remember it. Thread-safe.
+
+        Raises:
+            IntegrityError: it is stale, rolled back, forked or replayed.
+        """
+        with self._seeing:
+            known = self.counters
+            before = Seen(
+                known.generation,
+                known.newest_version,
+                known.newest_digest,
+                known.newest_round,
+                known.newest_attempt,
+            )
+            after = look(before)
+            if after == before:
+                return
+            changes: dict[str, Any] = {
+                "generation": after.generation,
+                "newest_version": after.version,
+                "newest_digest": after.weights_digest,
+                "newest_round": after.round,
+                "newest_attempt": after.attempt,
+            }
+            if after.generation != before.generation:
+                # A restored coordinator may give out a lease of the same name once more.
+                changes["settled_lease"] = None
+            self.save_counters(**changes)
 
     # Getting ready --------------------------------------------------------------------------------
 
@@ -258,13 +303,15 @@ class Worker:
         lease = task.lease
         if lease.lease_id in self._closed_leases:
             return Verdict(accepted=False, code="late", sentence="That lease was closed.")
-        if lease.lease_id == self.counters.settled_lease:
+        known = self.counters
+        if (lease.lease_id, task.generation) == (known.settled_lease, known.generation):
             # Resumed over the data plane, and now Flower's own message for it comes, too.
             return Verdict(
-                accepted=self.counters.settled_accepted,
+                accepted=known.settled_accepted,
                 code="settled",
                 sentence="That lease was answered before.",
             )
+        self._see(lambda seen: see_task(seen, task, self.spec.run_id, time.time()))
         self._settle_earlier(lease.lease_id)
         self.lease_id = lease.lease_id
         try:
@@ -286,7 +333,6 @@ class Worker:
         # First what keeps the lease from being done again: if we die here, the next lease settles
         # this one with the trainer (_settle_earlier).
         self.save_counters(
-            newest_round=max(self.counters.newest_round, task.round),
             contributions=self.counters.contributions + int(verdict.accepted),
             settled_lease=lease.lease_id,
             settled_accepted=verdict.accepted,
@@ -323,11 +369,8 @@ class Worker:
         mine = lease.node_id == self.enrolment.node_id
         if task.run_id != self.spec.run_id or lease.run_id != task.run_id or not mine:
             raise IntegrityError("The task is for another node or run.", code="wrong-task")
-        if lease.round != task.round or task.round < self.counters.newest_round:
-            raise IntegrityError(
-                f"The task is for round {task.round}, which this node has left behind.",
-                code="replayed-task",
-            )
+        if lease.round != task.round:
+            raise IntegrityError("The task's lease is for another round.", code="wrong-task")
         assert self._corpus is not None
         if any(ref.block >= self._corpus.block_count for ref in lease.blocks):
             raise ProtocolError("The task names blocks that do not exist.", code="malformed")
@@ -351,12 +394,15 @@ class Worker:
 
     def follow(self, signed: Signed) -> None:
         """Catch up with what is published, outside a lease."""
-        ref = verify(signed, "VersionRef", self._coordinator_key, VersionRef)
-        if self.version is not None and ref.version <= self.version:
+        key = self._coordinator_key
+        statement = verify(signed, "VersionStatement", key, VersionStatement)
+        ref = statement.ref
+        if (ref.version, ref.weights_digest) == (self.version, self.weights_digest):
             return
-        held = self.trainer.call("state")["version"]
-        if held is not None and ref.version < held:
-            return  # an old reference that somebody sends again; a replica never goes back
+        known = self.counters
+        if statement.generation == known.generation and ref.version < known.newest_version:
+            return  # an old statement that somebody sends again; a replica never goes back
+        self._see(lambda seen: see_version(seen, statement, self.spec.run_id, time.time()))
         self.state = "syncing"
         try:
             self._sync(ref)
@@ -494,6 +540,7 @@ class Worker:
         """
         lease_id = self.lease_id
         state = "paused" if self.home.pause.exists() else self.state
+        self.membership.asks()
         reply = self.transfer.report(
             NodeReport(
                 state="leaving" if leaving else state,
@@ -510,8 +557,21 @@ class Worker:
                 started_unix=self._started_unix,
             )
         )
+        self.membership.hears()
+        head = verify(reply.head, "Head", self._coordinator_key, Head)
+        self._see(lambda seen: see_head(seen, head, self.enrolment.run_id, time.time()))
+        self.membership.newest_serial = head.trust_serial
         if lease_id is not None and not reply.lease_open:
             self._closed_leases.add(lease_id)
+        # Whatever it asks for, a node neither falls silent for hours nor knocks without a pause.
+        reply = reply.model_copy(
+            update={
+                "report_seconds": min(
+                    max(reply.report_seconds, MIN_WAIT_SECONDS), MAX_WAIT_SECONDS
+                ),
+                "poll_seconds": min(max(reply.poll_seconds, MIN_WAIT_SECONDS), MAX_WAIT_SECONDS),
+            }
+        )
         self.reply = reply
         return reply
 
@@ -544,6 +604,14 @@ class Reporter:
     def _run(self) -> None:
         pause = 1.0
         while True:
+            try:
+                self._worker.membership.keep(time.time())
+            except TalkootError as err:
+                log.info("membership: %s", err.sentence)
+                if isinstance(err, RefusedError) and not self._stop.is_set():
+                    self._tell(err)
+            except Exception:
+                log.exception("the certificate could not be renewed")
             try:
                 reply = self._worker.report()
                 pause = reply.report_seconds

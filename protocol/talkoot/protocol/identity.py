@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -32,6 +33,11 @@ MAX_PEM: Final = 16 * limits.KIB
 COORDINATOR_NAME: Final = "talkoot-coordinator"
 """The name in every server certificate. Clients check it, for trust comes from the pinned CA and
 not from the address that happened to lead here."""
+
+CERTIFICATE_BACKDATE_SECONDS: Final = 900.0
+"""Certificates are valid from so long before their issue, for those whose clocks are slow."""
+CLOCK_SKEW_SECONDS: Final = 300.0
+"""How far two honest clocks may differ. Flower bears no more either: it signs the time."""
 
 _KIND = re.compile(r"[A-Za-z]{1,32}")
 M = TypeVar("M", bound=Message)
@@ -191,6 +197,30 @@ def load_certificate(cert_pem: bytes) -> x509.Certificate:
     except (ValueError, UnsupportedAlgorithm) as err:
         raise IntegrityError("Not exactly one PEM certificate.", code="bad-certificate") from err
     return certificate
+
+
+def load_bundle(pem: bytes) -> list[x509.Certificate]:
+    """Read 1 to ``limits.MAX_AUTHORITIES`` PEM certificates: the CAs that a node trusts."""
+    try:
+        if len(pem) > limits.MAX_AUTHORITIES * MAX_PEM:
+            raise ValueError("too long")
+        certificates = x509.load_pem_x509_certificates(pem)
+        if len(certificates) > limits.MAX_AUTHORITIES:
+            raise ValueError("too many")
+    except (ValueError, UnsupportedAlgorithm) as err:
+        raise IntegrityError("Not a few PEM certificates.", code="bad-certificate") from err
+    return certificates
+
+
+def issued_by(certificate: x509.Certificate, authorities: Iterable[x509.Certificate]) -> bool:
+    """Whether one of these CAs signed the certificate."""
+    for authority in authorities:
+        try:
+            certificate.verify_directly_issued_by(authority)
+        except (ValueError, TypeError, InvalidSignature):
+            continue
+        return True
+    return False
 
 
 def load_public_key(pem: bytes) -> ec.EllipticCurvePublicKey:

@@ -3,6 +3,10 @@
 ``https://host:port/join#ca=<64 hex>&token=<url-safe>``. Both secrets sit in the fragment, which
 no browser or proxy sends anywhere: the CA's fingerprint makes the first connection safe without any
 public certificate authority, and the token lets one node in.
+
+``https://host:port/ask#ca=<64 hex>`` has no token and may be shown to everybody: who comes with it
+asks to be let in, and the operator decides. (Another path, since a shell cuts an unquoted link at
+its ``&``, and half an invite must not pass for one of these.)
 """
 
 from __future__ import annotations
@@ -29,13 +33,13 @@ class Invite:
         host: DNS name (ASCII), IPv4 address, or IPv6 address without brackets.
         port: of the coordinator's gateway.
         ca_fingerprint: SHA-256 of the coordinator's CA certificate (DER), hexadecimal.
-        token: the right to enrol; 16 to 128 URL-safe characters.
+        token: the right to enrol; 16 to 128 URL-safe characters. None: to ask for it.
     """
 
     host: str
     port: int
     ca_fingerprint: str
-    token: str
+    token: str | None
 
     def __post_init__(self) -> None:
         if not _is_host(self.host):
@@ -46,7 +50,7 @@ class Invite:
             raise _bad(
                 "the part after ca= is not a fingerprint of 64 hexadecimal digits", "invite-ca"
             )
-        if _TOKEN.fullmatch(self.token) is None:
+        if self.token is not None and _TOKEN.fullmatch(self.token) is None:
             raise _bad(
                 "the part after token= is not 16 to 128 letters, digits, '-' and '_'",
                 "invite-token",
@@ -64,7 +68,9 @@ class Invite:
 
     def url(self) -> str:
         """The link to give to a volunteer; :meth:`parse` reads it back."""
-        return f"{self.base_url}/join#ca={self.ca_fingerprint}&token={self.token}"
+        token = "" if self.token is None else f"&token={self.token}"
+        path = "ask" if self.token is None else "join"
+        return f"{self.base_url}/{path}#ca={self.ca_fingerprint}{token}"
 
     @classmethod
     def parse(cls, url: str) -> Invite:
@@ -93,30 +99,31 @@ class Invite:
             raise _bad("it names no host", "invite-host")
         if port is None:
             raise _bad("it names no port after the host", "invite-port")
-        if parts.path != "/join" or parts.query:
+        if parts.path not in {"/join", "/ask"} or parts.query:
             raise _bad("the part after the port is not /join", "invite-path")
         if not parts.fragment:
             raise _bad(
                 "everything from the # on is missing (quote the link in a shell)",
                 "invite-fragment",
             )
-        fields = _fields(parts.fragment)
-        return cls(host, port, fields["ca"].lower(), fields["token"])
+        fields = _fields(parts.fragment, ("ca", "token") if parts.path == "/join" else ("ca",))
+        return cls(host, port, fields["ca"].lower(), fields.get("token"))
 
 
-def _fields(fragment: str) -> dict[str, str]:
+def _fields(fragment: str, wanted: tuple[str, ...]) -> dict[str, str]:
     fields: dict[str, str] = {}
     for pair in fragment.split("&"):
         key, equals, value = pair.partition("=")
-        if not equals or key not in {"ca", "token"}:
+        if not equals or key not in wanted:
             raise _bad(
-                f"the part after # has {pair[:16]!r}, and only ca= and token= belong there",
+                f"the part after # has {pair[:16]!r}, and only {'= and '.join(wanted)}= belong "
+                "there",
                 "invite-fragment",
             )
         if key in fields:
             raise _bad(f"the part after # has {key}= twice", "invite-fragment")
         fields[key] = value
-    for key in ("ca", "token"):
+    for key in wanted:
         if key not in fields:
             raise _bad(
                 f"{key}= is missing after the # (quote the link in a shell, which otherwise cuts "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 """Raised by every change that an older peer would misread. Peers of another version are refused."""
 
 KIB: Final = 1024
@@ -24,6 +24,8 @@ MAX_MIRRORS: Final = 16
 MAX_URL_CHARS: Final = 512
 MAX_NAME_CHARS: Final = 64
 MAX_CSR: Final = 8 * KIB
+MAX_AUTHORITIES: Final = 3
+"""CAs that a node trusts at once: two while one follows another."""
 MAX_SENTENCE_CHARS: Final = 2_000
 """Any human-readable sentence that crosses the wire."""
 

@@ -29,6 +29,8 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Sentence = Annotated[str, Field(max_length=limits.MAX_SENTENCE_CHARS)]
+Pem = Annotated[str, Field(min_length=1, max_length=16 * limits.KIB)]
+"""One certificate."""
 Name = Annotated[
     str, Field(min_length=1, max_length=limits.MAX_NAME_CHARS, pattern=r"^[^\x00-\x1f\x7f]+$")
 ]
@@ -196,7 +198,8 @@ class EnrolRequest(Message):
     """``POST /api/v1/enrol``. The CSR proves possession of the node's key."""
 
     protocol: int
-    token: Annotated[str, Field(min_length=16, max_length=128)]
+    token: Annotated[str, Field(min_length=16, max_length=128)] | None
+    """The invite's; without one the node asks to be let in, and waits for the operator."""
     csr_pem: Annotated[str, Field(max_length=limits.MAX_CSR)]
     name: Name
     capability: Capability
@@ -205,13 +208,46 @@ class EnrolRequest(Message):
 class EnrolReply(Message):
     """The node's certificate and where the rest of the coordinator is."""
 
+    run_id: RunId
     node_id: NodeId
-    certificate_pem: Annotated[str, Field(max_length=16 * limits.KIB)]
-    ca_pem: Annotated[str, Field(max_length=16 * limits.KIB)]
+    certificate_pem: Pem
+    trust: Signed
+    """Signed TrustBundle: the CAs of this network."""
     coordinator_key_pem: Annotated[str, Field(max_length=4 * limits.KIB)]
-    """Public key that signs runs and tasks."""
+    """Public key that signs runs, tasks, versions and trust."""
     transfer_port: Annotated[int, Field(ge=1, le=65535)]
     poll_seconds: Seconds
+
+
+class TrustBundle(Message):
+    """Which CAs stand for this network; signed. While one follows another there are two.
+
+    It is signed with the coordinator's key, which a node holds since it enrolled: so it is believed
+    wherever it comes from, and a node that was off for a whole rotation finds its way back.
+    """
+
+    run_id: RunId
+    serial: Annotated[int, Field(ge=1, lt=2**63)]
+    """Rises with every change: a node that has seen a higher one refuses a lower."""
+    authorities: Annotated[tuple[Pem, ...], Field(min_length=1, max_length=limits.MAX_AUTHORITIES)]
+    issued_unix: Seconds
+
+
+class RenewRequest(Message):
+    """A node asks for a new certificate, signed with the key that it enrolled with."""
+
+    run_id: RunId
+    node_id: NodeId
+    csr_pem: Annotated[str, Field(max_length=limits.MAX_CSR)]
+    """Fresh, for the same key."""
+    issued_unix: Seconds
+
+
+class RenewReply(Message):
+    """The new certificate, and the CAs to trust from now on."""
+
+    certificate_pem: Pem
+    trust: Signed
 
 
 class CoordinatorInfo(Message):
@@ -290,6 +326,35 @@ class VersionRef(Message):
         return self
 
 
+class VersionStatement(Message):
+    """What is published, for a node that is behind; signed."""
+
+    run_id: RunId
+    generation: Count
+    ref: VersionRef
+    issued_unix: Seconds
+    expires_unix: Seconds
+
+
+class Head(Message):
+    """Where the run stands; signed anew every minute.
+
+    It is what TUF calls a timestamp: small, short-lived, and in every answer to a report, so that
+    a node which is kept on an old version, or is told of another one than its neighbours, knows.
+    """
+
+    run_id: RunId
+    generation: Count
+    """Of the coordinator's state: it rises when a backup is restored, and only then may a run go
+    back."""
+    version: Count
+    weights_digest: Digest
+    trust_serial: Count
+    """Of the newest TrustBundle."""
+    issued_unix: Seconds
+    expires_unix: Seconds
+
+
 class BlockRef(Message):
     """One block of one epoch."""
 
@@ -313,6 +378,8 @@ class RoundTask(Message):
     """What the coordinator asks of one node; signed. Fits one control message."""
 
     run_id: RunId
+    generation: Count
+    """As in :class:`Head`."""
     round: Count
     lease: Lease
     base: VersionRef
@@ -326,6 +393,9 @@ class RoundTask(Message):
     the blocks can repeat the lease. What the node held back is kept for its next lease."""
     issued_unix: Seconds
     deadline_unix: Seconds
+    """When the round closes, if its quorum is there."""
+    expires_unix: Seconds
+    """Not to be begun after this."""
     poll_seconds: Seconds
 
 
@@ -377,5 +447,8 @@ class NodeReportReply(Message):
     run_finished: bool
     lease_open: bool
     """Whether the lease named in the report can still be committed."""
+    head: Signed
+    """Signed Head."""
     latest: Signed | None
-    """Signed VersionRef, when the node is behind and holds no lease: it may catch up meanwhile."""
+    """Signed VersionStatement, when the node is behind and holds no lease: it may catch up
+    meanwhile."""

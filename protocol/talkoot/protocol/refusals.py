@@ -21,6 +21,12 @@ from talkoot.protocol.errors import (
 )
 from talkoot.protocol.messages import Refusal, canonical_bytes, parse
 
+AWAITS_APPROVAL: Final = "awaits-approval"
+"""Not yet: ask again in a while."""
+APPLICATION_REFUSED: Final = "application-refused"
+CERTIFICATE_EXPIRED: Final = "certificate-expired"
+"""Renew, and try again."""
+
 MAX_DETAIL: Final = 4096
 """Bytes of a status detail. It is an HTTP/2 trailer, and gRPC drops those that are over 8 KiB."""
 

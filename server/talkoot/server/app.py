@@ -43,7 +43,7 @@ def main(grid: Grid, _context: Context) -> None:
     configure(coordinator.state.logs / "rounds.log")
     with contextlib.suppress(OSError):  # Flower notices a death, too, a minute later
         coordinator.state.round_loop_pid.write_text(str(os.getpid()), encoding="ascii")
-    control = ControlApi(coordinator.config.network.superlink_port, coordinator.ca_pem)
+    control = ControlApi(coordinator.config.network.superlink_port, coordinator.loopback_ca_pem)
     # One that outlived its SuperLink may still be writing a version: two must never do so.
     lock = DirectoryLock(coordinator.state.run, who="round loop")
     lock.wait()

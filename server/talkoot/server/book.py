@@ -42,6 +42,7 @@ from talkoot.server.ledger.schema import (
     Version,
 )
 from talkoot.server.rounds import Decision, LeaseView, RoundView, decide
+from talkoot.server.statements import TASK_GRACE_SECONDS
 
 if TYPE_CHECKING:
     from talkoot.server.sketch import Examination
@@ -248,6 +249,7 @@ class Book:
             for lease in leases:
                 task = RoundTask(
                     run_id=self._c.run_id,
+                    generation=self._c.generation,
                     round=number,
                     lease=lease,
                     base=base,
@@ -256,6 +258,7 @@ class Book:
                     fresh_state=self._belief.begins_fresh(session, lease.node_id, number, attempt),
                     issued_unix=now,
                     deadline_unix=deadline,
+                    expires_unix=deadline + TASK_GRACE_SECONDS,
                     poll_seconds=poll_seconds,
                 )
                 signed = self._c.key.sign("RoundTask", canonical_bytes(task))

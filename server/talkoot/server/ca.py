@@ -23,6 +23,7 @@ from talkoot.protocol import limits
 from talkoot.protocol.errors import ConfigError, IntegrityError, ProtocolError, StateError
 from talkoot.protocol.files import explain_os_error, write_atomic
 from talkoot.protocol.identity import (
+    CERTIFICATE_BACKDATE_SECONDS,
     COORDINATOR_NAME,
     NodeKey,
     fingerprint,
@@ -34,8 +35,7 @@ from talkoot.protocol.identity import (
 CA_DAYS: Final = 3650
 SERVER_DAYS: Final = 825
 """Days that a server's certificate lasts; what Apple's TLS accepts at most."""
-CLOCK_SKEW: Final = timedelta(minutes=15)
-"""Certificates are valid from this long ago, for volunteers whose clocks are slow."""
+CLOCK_SKEW: Final = timedelta(seconds=CERTIFICATE_BACKDATE_SECONDS)
 KEY_FILE: Final = "ca-key.pem"
 CERTIFICATE_FILE: Final = "ca.pem"
 
@@ -107,7 +107,12 @@ class CertificateAuthority:
         """SHA-256 of the certificate's DER, hexadecimal: the ``ca=`` of an invite."""
         return fingerprint(self.certificate_pem)
 
-    def issue_node(self, csr_pem: bytes, days: int, *, now: datetime | None = None) -> bytes:
+    @property
+    def expires(self) -> datetime:
+        """When the CA's own certificate ends."""
+        return self._certificate.not_valid_after_utc
+
+    def issue_node(self, csr_pem: bytes, days: float, *, now: datetime | None = None) -> bytes:
         """Certify the key of a request; returns PEM. Of the request only the key is taken.
 
         Args:
@@ -137,7 +142,7 @@ class CertificateAuthority:
         ips: Iterable[str],
         key: NodeKey,
         *,
-        days: int = SERVER_DAYS,
+        days: float = SERVER_DAYS,
         now: datetime | None = None,
     ) -> bytes:
         """Certify a server's key for its hosts; returns PEM.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,8 +23,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-nodes_app = typer.Typer(help="See, approve and ban nodes.", no_args_is_help=True)
+nodes_app = typer.Typer(help="See, approve, refuse and ban nodes.", no_args_is_help=True)
 app.add_typer(nodes_app, name="nodes")
+invites_app = typer.Typer(help="See and revoke invites.", no_args_is_help=True)
+app.add_typer(invites_app, name="invites")
+ca_app = typer.Typer(help="See and rotate the certificate authority.", no_args_is_help=True)
+app.add_typer(ca_app, name="ca")
 
 store_app = typer.Typer(help="The object store that artifacts are copied to.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
@@ -53,7 +58,7 @@ def _registry(coordinator: Coordinator) -> Registry:
     from talkoot.server.registry import Registry
 
     port = coordinator.config.network.superlink_port
-    return Registry(coordinator, ControlApi(port, coordinator.ca_pem))
+    return Registry(coordinator, ControlApi(port, coordinator.loopback_ca_pem))
 
 
 @app.command()
@@ -104,18 +109,101 @@ def invite(
     role: Annotated[
         Role, typer.Option(help="volunteer, or validator: whose word on others' work is trusted.")
     ] = Role.volunteer,
+    everybody: Annotated[
+        bool, typer.Option("--everybody", help="Without a token: who comes waits for approval.")
+    ] = False,
 ) -> None:
     """Print an invite: one URL that carries address, CA fingerprint and token."""
+    from talkoot.server.invites import public_link
+
     coordinator = _open(state)
-    made = _registry(coordinator).invite(
-        uses=uses, expires_seconds=parse_duration(expires), role=role.value
-    )
+    if everybody:
+        made = public_link(coordinator)
+    else:
+        made = _registry(coordinator).invite(
+            uses=uses, expires_seconds=parse_duration(expires), role=role.value
+        )
     typer.echo(made.url())
     network = coordinator.config.network
     if is_loopback(network.public_host) and not is_loopback(network.bind):
         typer.echo(
             f"warning: this invite names {network.public_host}, which only this machine reaches: "
             f"set network.public_host in {coordinator.state.config} for volunteers elsewhere.",
+            err=True,
+        )
+
+
+@invites_app.command("list")
+def invites_list(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
+    """All invites: for whom, until when, how many nodes came with each. Tokens are not kept."""
+    from talkoot.server.invites import list_invites
+    from talkoot.server.tables_gate import invite_rows, print_invites
+
+    rows = invite_rows(list_invites(_open(state)), time.time())
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    print_invites(rows)
+
+
+@invites_app.command("revoke")
+def invites_revoke(
+    number: Annotated[int, typer.Argument(help="As 'invites list' shows it.")],
+    state: State = DEFAULT_STATE,
+    ban: Annotated[
+        bool, typer.Option("--ban", help="Ban the nodes that came with it, too.")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="Told to nodes that are banned.")] = (
+        "The invite that this node came with was revoked."
+    ),
+) -> None:
+    """Make an invite useless from now on."""
+    from talkoot.server.invites import revoke
+
+    banned = revoke(_registry(_open(state)), number, ban=ban, reason=reason)
+    told = f", and {len(banned)} nodes that came with it are banned" if ban else ""
+    typer.echo(f"Invite {number} is revoked{told}.")
+
+
+@ca_app.command("status")
+def ca_status(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
+    """Which CA signs what, and until when."""
+    from talkoot.server.tables_gate import ca_document, print_ca
+
+    document = ca_document(_open(state), time.time())
+    if as_json:
+        typer.echo(json.dumps(document, indent=2))
+        return
+    print_ca(document)
+
+
+@ca_app.command("rotate")
+def ca_rotate(
+    state: State = DEFAULT_STATE,
+    overlap: Annotated[
+        str, typer.Option(help="How long both CAs are accepted: 12h, 7d, 2w.")
+    ] = "30d",
+) -> None:
+    """Make the next CA. Both are accepted for a while, then the old one is not any more."""
+    from talkoot.server.coordinator import note
+    from talkoot.server.invites import open_invites
+    from talkoot.server.trust import rotate
+
+    coordinator = _open(state)
+    seconds = parse_duration(overlap)
+    made = rotate(coordinator.state.ca, seconds)
+    with coordinator.ledger.write() as session:
+        note(session, "ca", "A rotation of the CA has begun.")
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(made.switch_unix))
+    typer.echo(
+        f"The next CA is {made.issuing.fingerprint[:16]}…; it takes over on {when}. Nodes that "
+        "report until then learn of it, and those that were off find it when they come back."
+    )
+    waiting = open_invites(coordinator, made.switch_unix or 0.0)
+    if waiting:
+        typer.echo(
+            f"warning: {waiting} open invites end with the old CA on {when}: give out new ones "
+            "after that.",
             err=True,
         )
 
@@ -198,18 +286,72 @@ def nodes_list(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
     print_nodes(nodes)
 
 
+@nodes_app.command("queue")
+def nodes_queue(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
+    """Who asks to be let in without an invite (with admission.enrolment = "open")."""
+    from talkoot.server.applicants import waiting
+    from talkoot.server.tables_gate import applicant_rows, print_applicants
+
+    rows = applicant_rows(waiting(_open(state)), time.time())
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    print_applicants(rows)
+
+
 @nodes_app.command("approve")
 def nodes_approve(
     node: Annotated[str, typer.Argument(help="Id, beginning of an id, or name.")],
     state: State = DEFAULT_STATE,
+    role: Annotated[
+        Role, typer.Option(help="Of a node from the queue: volunteer, or validator.")
+    ] = Role.volunteer,
 ) -> None:
-    """Admit a node that waits for approval, or lift a ban."""
+    """Let a node in that waits in the queue, or admit one that waits for approval."""
+    from talkoot.server import applicants
+    from talkoot.server.registry import find_node
+
+    coordinator = _open(state)
+    registry = _registry(coordinator)
+    queue = applicants.waiting(coordinator)
+    if any(node == a.name or a.node_id.startswith(node) for a in queue):
+        asked = find_node(queue, node)
+        applicants.decide(coordinator, asked.node_id, approve=True, role=role.value)
+        typer.echo(f"{asked.name} ({asked.node_id}) may come in; it hears of it in a minute.")
+        return
+    found = find_node(registry.nodes(), node)
+    registry.approve(found.node_id)
+    typer.echo(f"{found.name} ({found.node_id}) is admitted.")
+
+
+@nodes_app.command("refuse")
+def nodes_refuse(
+    node: Annotated[str, typer.Argument(help="Id, beginning of an id, or name.")],
+    state: State = DEFAULT_STATE,
+    reason: Annotated[str, typer.Option(help="The node is told.")] = "Refused by the operator.",
+) -> None:
+    """Refuse a node that waits in the queue."""
+    from talkoot.server import applicants
+    from talkoot.server.registry import find_node
+
+    coordinator = _open(state)
+    found = find_node(applicants.waiting(coordinator), node)
+    applicants.decide(coordinator, found.node_id, approve=False, reason=reason)
+    typer.echo(f"{found.name} ({found.node_id}) is refused.")
+
+
+@nodes_app.command("lift")
+def nodes_lift(
+    node: Annotated[str, typer.Argument(help="Id, beginning of an id, or name.")],
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Lift a ban."""
     from talkoot.server.registry import find_node
 
     registry = _registry(_open(state))
     found = find_node(registry.nodes(), node)
-    registry.approve(found.node_id)
-    typer.echo(f"{found.name} ({found.node_id}) is admitted.")
+    status = registry.lift(found.node_id)
+    typer.echo(f"{found.name} ({found.node_id}) is not banned any more: it is {status}.")
 
 
 @nodes_app.command("ban")

@@ -134,11 +134,25 @@ class NetworkSection(_Section):
     """What all nodes together may poll; a SuperLink on SQLite was seen to bear 84."""
     min_poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.25
     """How often a node of a small network polls."""
+    max_connections: Annotated[int, Field(ge=8, le=100_000)] = 2048
+    """Open connections that each public port bears."""
+    max_connections_per_address: Annotated[int, Field(ge=2, le=100_000)] = 64
+    """Of them from one address (IPv6: from one /64); a node keeps two or three a port."""
 
 
 class AdmissionSection(_Section):
     """Who may train."""
 
+    enrolment: Literal["invite", "open"] = "invite"
+    """``open``: who has no invite may ask, and waits for ``nodes approve``."""
+    queue: Annotated[int, Field(ge=1, le=100_000)] = 200
+    """With ``open``: how many may wait at once."""
+    queue_per_address: Annotated[int, Field(ge=1, le=100_000)] = 4
+    """How many of them from one address (IPv6: from one /64)."""
+    applications_per_hour: Annotated[int, Field(ge=1, le=1_000_000)] = 120
+    """New ones from everywhere together."""
+    certificate_days: Annotated[float, Field(gt=0, le=825)] = 30.0
+    """Of a node; it renews itself in the last third."""
     approve: Literal["auto", "manual"] = "auto"
     """``manual``: a node with a good proof waits for ``nodes approve``."""
     memory_margin: Annotated[float, Field(ge=1, le=4)] = 1.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +13,14 @@ from sqlalchemy import select
 from talkoot.protocol.artifacts import ArtifactStore, ChainSource
 from talkoot.protocol.corpus import CorpusManifest, CorpusSource
 from talkoot.protocol.errors import StateError
-from talkoot.protocol.identity import NodeKey
+from talkoot.protocol.identity import NodeKey, read_small
 from talkoot.protocol.limits import MAX_JSON_ARTIFACT
 from talkoot.protocol.messages import RunSpec, Signed, parse
 from talkoot.server.config import Config, load_config
 from talkoot.server.ledger import Ledger
 from talkoot.server.ledger.schema import Event, Run
 from talkoot.server.state import StateDir
+from talkoot.server.trust import Trust, load_trust, stamp
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -42,6 +43,7 @@ class Coordinator:
     spec: RunSpec
     generation: int
     """How often this run was restored, in effect: it stands in everything that is signed."""
+    _trust: dict[tuple[int, int], Trust] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(cls, root: Path) -> Coordinator:
@@ -74,10 +76,25 @@ class Coordinator:
             generation=run.generation,
         )
 
-    @cached_property
+    def trust(self) -> Trust:
+        """The CAs as they stand now; read again only after a change."""
+        stamped = stamp(self.state.ca)
+        known = self._trust.get(stamped)
+        if known is None:
+            known = load_trust(self.state.ca)
+            self._trust.clear()
+            self._trust[stamped] = known
+        return known
+
+    @property
     def ca_pem(self) -> bytes:
-        """The certificate that everybody trusts."""
-        return (self.state.ca / "ca.pem").read_bytes()
+        """The CAs that nodes trust, one PEM after the other."""
+        return self.trust().bundle_pem
+
+    @property
+    def loopback_ca_pem(self) -> bytes:
+        """The CA of the SuperLink, which nobody outside this machine talks to."""
+        return read_small(self.state.loopback_ca, "opening the SuperLink's CA")
 
     @cached_property
     def manifest(self) -> Manifest:

@@ -13,7 +13,7 @@ from talkoot.protocol import faults
 from talkoot.protocol.artifacts import Slice, Source
 from talkoot.protocol.errors import ProtocolError, RefusedError
 from talkoot.protocol.files import explain_os_error
-from talkoot.protocol.identity import fingerprint, load_public_key, verify
+from talkoot.protocol.identity import load_public_key, verify
 from talkoot.protocol.limits import PROTOCOL_VERSION
 from talkoot.protocol.messages import (
     Contribution,
@@ -23,6 +23,7 @@ from talkoot.protocol.messages import (
     MirrorList,
     NodeReport,
     NodeReportReply,
+    RenewReply,
     Signed,
     Verdict,
     canonical_bytes,
@@ -68,16 +69,24 @@ class Desk:
         return CoordinatorInfo(
             protocol=PROTOCOL_VERSION,
             talkoot_version=VERSION,
-            ca_fingerprint=fingerprint(self._c.ca_pem),
+            ca_fingerprint=self._c.trust().serving.fingerprint,
         )
 
     def ca_pem(self) -> bytes:
-        """The CA's certificate."""
-        return self._c.ca_pem
+        """The certificate of the CA that the servers' certificates come from."""
+        return self._c.trust().serving.certificate_pem
+
+    def trust(self) -> Signed:
+        """All CAs of this network, signed."""
+        return self._registry.trust_statement()
 
     def enrol(self, request: EnrolRequest, peer: str) -> EnrolReply:
         """Let a node in, or say why not."""
         return self._registry.enrol(request, peer)
+
+    def renew(self, signed: Signed, peer_node_id: str | None) -> RenewReply:
+        """A new certificate for a node."""
+        return self._registry.renew(signed, peer_node_id=peer_node_id, now=time.time())
 
     def is_banned(self, public_key: bytes) -> str | None:
         """Why the owner of a public key (PEM) is shut out."""
@@ -92,6 +101,10 @@ class Desk:
     def authorize(self, node_id: str) -> Verdict:
         """Whether a certificate's owner may use the data plane."""
         return self._registry.authorize(node_id)
+
+    def banned_nodes(self) -> frozenset[str]:
+        """Ids of all nodes that are shut out now."""
+        return self._registry.banned_nodes()
 
     def source(self) -> Source:
         """What nodes may fetch."""

@@ -1,4 +1,4 @@
-"""The public face of a coordinator: enrolment, status, and the ten Flower calls that a node needs.
+"""The public face of a coordinator: enrolment, status, and the Flower calls that a node needs.
 
 Flower's SuperLink has one port for everything, and its Control API starts runs (executes code) for
 whoever reaches it. So it is bound to loopback, and this gateway, which is what the world reaches,
@@ -10,10 +10,12 @@ path constant, listed headers, a capped body.
 from __future__ import annotations
 
 import binascii
+import hashlib
 import logging
 import time
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -33,6 +35,8 @@ from talkoot.protocol.messages import (
     CoordinatorInfo,
     EnrolReply,
     EnrolRequest,
+    RenewReply,
+    Signed,
     canonical_bytes,
     parse,
 )
@@ -46,14 +50,13 @@ from talkoot.server.fleet_proxy import (
 from talkoot.server.http_edge import (
     ClientGoneError,
     HttpRefusal,
-    RateLimiter,
     TimedCache,
     declared_length,
-    rate_key,
     read_body,
     respond,
     single_headers,
 )
+from talkoot.server.rates import RateLimiter, rate_key
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -71,7 +74,10 @@ class Backend(Protocol):
         """What anybody may know."""
 
     def ca_pem(self) -> bytes:
-        """The CA's certificate."""
+        """The certificate of the CA that the gateway's own comes from."""
+
+    def trust(self) -> Signed:
+        """The signed TrustBundle."""
 
     def enrol(self, request: EnrolRequest, peer: str) -> EnrolReply:
         """Admit a node that comes from address ``peer``.
@@ -81,6 +87,9 @@ class Backend(Protocol):
             VersionError: another protocol version (426).
             ProtocolError: a request that makes no sense (400).
         """
+
+    def renew(self, signed: Signed, peer_node_id: str | None) -> RenewReply:
+        """A new certificate for who signed this RenewRequest. Raises as :meth:`enrol`."""
 
     def is_banned(self, public_key: bytes) -> str | None:
         """Why the holder of this key (canonical PEM) is shut out, as a sentence; None if not."""
@@ -96,13 +105,45 @@ class _AnyProtocol(BaseModel):
     protocol: int
 
 
+@dataclass(frozen=True)
+class GatewayLimits:
+    """How often one source may ask. ``burst`` at once, then ``rate`` a second.
+
+    Attributes:
+        page: of the pages that anybody may read, by address.
+        join: enrolments and renewals, by address.
+        join_total: enrolments and renewals of everybody together.
+        flower: Flower calls by address.
+        flower_node: Flower calls by address and key. (By the key alone, somebody who knows
+            another's public key could use up its share.)
+    """
+
+    page: tuple[float, float] = (60.0, 10.0)
+    join: tuple[float, float] = (30.0, 0.5)
+    join_total: tuple[float, float] = (200.0, 20.0)
+    flower: tuple[float, float] = (500.0, 150.0)
+    flower_node: tuple[float, float] = (150.0, 30.0)
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """One request that is about to be answered."""
+
+    path: bytes
+    peer: str
+    headers: dict[bytes, bytes]
+    receive: Receive
+    send: Send
+
+
 class Gateway:
     """The ASGI application.
 
     Args:
         backend: the coordinator.
         upstream: base URL of the SuperLink, ``https://127.0.0.1:<port>``.
-        limiter: for enrolments, by address.
+        upstream_ca_pem: the only CA that the SuperLink's certificate may come from.
+        caps: how often one source may ask.
         clock: monotonic seconds.
     """
 
@@ -110,12 +151,19 @@ class Gateway:
         self,
         backend: Backend,
         upstream: str,
-        limiter: RateLimiter,
+        upstream_ca_pem: bytes,
+        caps: GatewayLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backend = backend
         self._upstream = upstream
-        self._limiter = limiter
+        self._upstream_ca_pem = upstream_ca_pem
+        caps = caps or GatewayLimits()
+        self._page_rate = RateLimiter(*caps.page)
+        self._join_rate = RateLimiter(*caps.join)
+        self._join_total = RateLimiter(*caps.join_total)
+        self._flower_rate = RateLimiter(*caps.flower)
+        self._flower_node_rate = RateLimiter(*caps.flower_node)
         self._clock = clock
         self._dashboard = load_dashboard()
         self._bans: TimedCache[bytes, str | None] = TimedCache(BAN_CACHE_SECONDS, clock)
@@ -124,8 +172,17 @@ class Gateway:
         self._pages_by_path: dict[bytes, tuple[str, Callable[[], bytes]]] = {
             b"/api/v1/info": (JSON, lambda: canonical_bytes(backend.info())),
             b"/api/v1/ca": ("application/x-pem-file", backend.ca_pem),
+            b"/api/v1/trust": (JSON, lambda: canonical_bytes(backend.trust())),
             b"/api/v1/status": (JSON, backend.status),
         }
+        self.routes: Mapping[tuple[str, bytes], Callable[[_Exchange], Awaitable[None]]] = {
+            ("GET", b"/"): self._get,
+            **{("GET", path): self._get for path in self._pages_by_path},
+            ("POST", b"/api/v1/enrol"): self._enrol,
+            ("POST", b"/api/v1/renew"): self._renew,
+            **{("POST", path): self._forward for path in FLEET_PATHS},
+        }
+        """All that there is: method and path as raw bytes, and who answers."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; or the server's life, with which the way to the SuperLink is opened."""
@@ -141,81 +198,79 @@ class Gateway:
             pass  # nobody is left to answer
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        method, path = scope["method"], scope["raw_path"]
         if scope["http_version"] not in {"1.0", "1.1"}:
             # h11 reads any "HTTP/d.d" as if it were 1.1.
             raise HttpRefusal(400, "bad-version", "This server speaks HTTP/1.1.")
-        if scope["query_string"]:
+        handle = self.routes.get((scope["method"], scope["raw_path"]))
+        if handle is None or scope["query_string"]:
             raise _not_found()
+        peer = scope["client"][0] if scope["client"] else "unknown"
         headers = single_headers(scope)
-        if method == "GET":
-            if path != b"/" and path not in self._pages_by_path:
-                raise _not_found()
-            if declared_length(headers, limits.MAX_CONTROL_MESSAGE) != 0:
-                raise HttpRefusal(400, "unexpected-body", "A GET request has no body.")
-            await self._get(path, send)
-        elif method == "POST" and path == b"/api/v1/enrol":
-            await self._enrol(scope, headers, receive, send)
-        elif method == "POST" and path in FLEET_PATHS:
-            await self._forward(path, headers, receive, send)
-        else:
-            raise _not_found()
+        await handle(_Exchange(scope["raw_path"], peer, headers, receive, send))
 
-    async def _get(self, path: bytes, send: Send) -> None:
-        if path == b"/":
+    def _ration(self, limiter: RateLimiter, key: str, what: str) -> None:
+        if not limiter.allow(key, self._clock()):
+            raise HttpRefusal(429, "too-many", f"Too many {what}: wait a minute, then try again.")
+
+    async def _get(self, asked: _Exchange) -> None:
+        self._ration(self._page_rate, rate_key(asked.peer), "requests from this address")
+        if declared_length(asked.headers, limits.MAX_CONTROL_MESSAGE) != 0:
+            raise HttpRefusal(400, "unexpected-body", "A GET request has no body.")
+        if asked.path == b"/":
             page = self._dashboard
             await respond(
-                send,
+                asked.send,
                 200,
                 page.html,
                 "text/html; charset=utf-8",
                 {"content-security-policy": page.csp},
             )
             return
-        content_type, ask = self._pages_by_path[path]
-        body = await self._pages.get(path, lambda: _blocking(ask))
-        await respond(send, 200, body, content_type, {})
+        content_type, ask = self._pages_by_path[asked.path]
+        body = await self._pages.get(asked.path, lambda: _blocking(ask))
+        await respond(asked.send, 200, body, content_type, {})
 
     # Enrolment ----------------------------------------------------------------------
 
-    async def _enrol(
-        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send
-    ) -> None:
-        peer = scope["client"][0] if scope["client"] else "unknown"
-        if not self._limiter.allow(rate_key(peer), self._clock()):
-            raise HttpRefusal(
-                429, "too-many", "Too many enrolments from this address: wait a minute, try again."
-            )
-        declared_length(headers, limits.MAX_CONTROL_MESSAGE)
-        body = await read_body(receive, limits.MAX_CONTROL_MESSAGE)
-        request = _enrol_request(body)
-        reply = await _blocking(lambda: self._backend.enrol(request, peer))
-        await respond(send, 200, canonical_bytes(reply), JSON, {})
+    async def _join_body(self, asked: _Exchange) -> bytes:
+        self._ration(self._join_rate, rate_key(asked.peer), "enrolments from this address")
+        self._ration(self._join_total, "", "enrolments at this time")
+        declared_length(asked.headers, limits.MAX_CONTROL_MESSAGE)
+        return await read_body(asked.receive, limits.MAX_CONTROL_MESSAGE)
+
+    async def _enrol(self, asked: _Exchange) -> None:
+        request = _enrol_request(await self._join_body(asked))
+        reply = await _blocking(lambda: self._backend.enrol(request, asked.peer))
+        await respond(asked.send, 200, canonical_bytes(reply), JSON, {})
+
+    async def _renew(self, asked: _Exchange) -> None:
+        try:
+            signed = parse(Signed, await self._join_body(asked))
+        except ProtocolError as err:
+            raise HttpRefusal(400, err.code, err.sentence) from err
+        reply = await _blocking(lambda: self._backend.renew(signed, None))
+        await respond(asked.send, 200, canonical_bytes(reply), JSON, {})
 
     # The SuperLink ----------------------------------------------------------------------
 
-    async def _forward(
-        self, path: bytes, headers: dict[bytes, bytes], receive: Receive, send: Send
-    ) -> None:
+    async def _forward(self, asked: _Exchange) -> None:
         if self._superlink is None:
             raise HttpRefusal(503, "starting", "The coordinator is starting: try again.")
-        forwarded = fleet_headers(headers)
-        await self._refuse_banned(headers)
-        declared_length(headers, limits.MAX_CONTROL_MESSAGE)
-        body = await read_body(receive, limits.MAX_CONTROL_MESSAGE)
-        status, answer_headers, answer = await self._superlink.forward(path, forwarded, body)
+        address = rate_key(asked.peer)
+        self._ration(self._flower_rate, address, "calls from this address")
+        forwarded = fleet_headers(asked.headers)
+        public_key = _public_key(asked.headers)
+        who = f"{address} {hashlib.sha256(public_key).hexdigest()}"
+        self._ration(self._flower_node_rate, who, "calls of this node")
+        await self._refuse_banned(public_key)
+        declared_length(asked.headers, limits.MAX_CONTROL_MESSAGE)
+        body = await read_body(asked.receive, limits.MAX_CONTROL_MESSAGE)
+        await self._refuse_banned(public_key)  # the body may have taken its time
+        status, answer_headers, answer = await self._superlink.forward(asked.path, forwarded, body)
         content_type = answer_headers.pop("content-type", "application/octet-stream")
-        await respond(send, status, answer, content_type, answer_headers)
+        await respond(asked.send, status, answer, content_type, answer_headers)
 
-    async def _refuse_banned(self, headers: dict[bytes, bytes]) -> None:
-        try:
-            public_key = b64decode(headers.get(PUBLIC_KEY_HEADER, b""), validate=True)
-            # One spelling a key: else a banned one could come back with a line break more.
-            load_public_key(public_key)
-        except (binascii.Error, IntegrityError) as err:
-            raise HttpRefusal(
-                401, "no-key", f"The {PUBLIC_KEY_HEADER.decode()} header holds no EC P-384 key."
-            ) from err
+    async def _refuse_banned(self, public_key: bytes) -> None:
         why = await self._bans.get(
             public_key, lambda: _blocking(lambda: self._backend.is_banned(public_key))
         )
@@ -225,8 +280,7 @@ class Gateway:
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()  # lifespan.startup
         try:
-            ca_pem = await run_in_threadpool(self._backend.ca_pem)
-            self._superlink = FleetProxy(self._upstream, ca_pem)
+            self._superlink = FleetProxy(self._upstream, self._upstream_ca_pem)
         except (TalkootError, OSError, ValueError) as err:
             await send({"type": "lifespan.startup.failed", "message": str(err)})
             return
@@ -259,6 +313,18 @@ async def _blocking(call: Callable[[], T]) -> T:
         raise HttpRefusal(
             500, "internal", "The coordinator failed; its operator's log says why."
         ) from err
+
+
+def _public_key(headers: Mapping[bytes, bytes]) -> bytes:
+    try:
+        public_key = b64decode(headers.get(PUBLIC_KEY_HEADER, b""), validate=True)
+        # One spelling a key: else a banned one could come back with a line break more.
+        load_public_key(public_key)
+    except (binascii.Error, IntegrityError) as err:
+        raise HttpRefusal(
+            401, "no-key", f"The {PUBLIC_KEY_HEADER.decode()} header holds no EC P-384 key."
+        ) from err
+    return public_key
 
 
 def _enrol_request(body: bytes) -> EnrolRequest:

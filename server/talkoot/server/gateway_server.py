@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import ssl
 import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import uvicorn
 
 from talkoot.protocol.errors import ConfigError, StateError, UnavailableError
-from talkoot.server.gateway import Backend, Gateway
+from talkoot.protocol.identity import read_small
+from talkoot.server.door import Doorkeeper, GuardedSocket
+from talkoot.server.gateway import Backend, Gateway, GatewayLimits
 from talkoot.server.http_edge import (
+    HANDSHAKE_SECONDS,
     KEEP_ALIVE_SECONDS,
     MAX_HEADERS,
     DeadlineProtocol,
-    RateLimiter,
 )
 
 log = logging.getLogger(__name__)
@@ -37,10 +41,11 @@ class GatewaySettings:
         port: TCP port; 0 takes a free one.
         certificate: PEM of a certificate from :meth:`CertificateAuthority.issue_server`.
         key: PEM of its key.
-        superlink_port: where the SuperLink listens on 127.0.0.1, with a certificate of the same CA.
+        superlink_port: where the SuperLink listens on 127.0.0.1.
+        superlink_ca: PEM of the CA that the SuperLink's certificate comes from.
         max_connections: open connections; each node keeps one or two.
-        enrol_burst: enrolments that one address may make at once.
-        enrol_per_second: how fast that right comes back.
+        max_connections_per_address: of them from one address.
+        caps: how often one source may ask.
     """
 
     host: str
@@ -48,14 +53,15 @@ class GatewaySettings:
     certificate: Path
     key: Path
     superlink_port: int
-    max_connections: int = 512
-    enrol_burst: int = 30
-    enrol_per_second: float = 0.5
+    superlink_ca: Path
+    max_connections: int = 2048
+    max_connections_per_address: int = 64
+    caps: GatewayLimits | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535 or not 1 <= self.superlink_port <= 65535:
             raise ConfigError("A port is a number from 1 to 65535.", code="bad-port")
-        if self.max_connections < 1 or self.enrol_burst < 1 or self.enrol_per_second <= 0:
+        if self.max_connections < 1 or self.max_connections_per_address < 1:
             raise ConfigError("The gateway's limits must be positive.", code="bad-limit")
 
 
@@ -69,6 +75,7 @@ class GatewayServer:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._socket: socket.socket | None = None
+        self._context: ssl.SSLContext | None = None
         self.port = settings.port
         """The port listened on; known after :meth:`start`."""
 
@@ -81,14 +88,14 @@ class GatewayServer:
             UnavailableError: the server did not come up.
         """
         settings = self._settings
-        context = _server_context(settings)
-        self._socket = _listen(settings.host, settings.port)
+        self._context = context = _server_context(settings)
+        superlink_ca = read_small(settings.superlink_ca, "starting the gateway")
+        self._socket = _listen(settings)
         self.port = self._socket.getsockname()[1]
-        limiter = RateLimiter(settings.enrol_burst, settings.enrol_per_second)
         upstream = f"https://127.0.0.1:{settings.superlink_port}"
         started = threading.Event()
         config = uvicorn.Config(
-            Gateway(self._backend, upstream, limiter),
+            Gateway(self._backend, upstream, superlink_ca, settings.caps),
             loop="asyncio",
             http=DeadlineProtocol,
             ws="none",
@@ -97,7 +104,7 @@ class GatewayServer:
             access_log=False,
             proxy_headers=False,  # nobody in front of us may say who a peer is
             server_header=False,
-            limit_concurrency=settings.max_connections,
+            limit_concurrency=settings.max_connections + 1,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=STOP_SECONDS,
             h11_max_incomplete_event_size=MAX_HEADERS,
@@ -122,6 +129,11 @@ class GatewayServer:
             self._thread.join(STOP_SECONDS + 5)
         if self._socket is not None:
             self._socket.close()
+
+    def reload_certificate(self) -> None:
+        """Show the certificate that is in its file now to those who connect from now on."""
+        if self._context is not None:
+            self._context.load_cert_chain(self._settings.certificate, self._settings.key)
 
     def is_alive(self) -> bool:
         """Whether the gateway's thread still serves."""
@@ -153,7 +165,14 @@ class _SignallingServer(uvicorn.Server):
         self._announced = started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        # uvicorn leaves asyncio's minute for a handshake; a peer that says nothing gets less.
+        loop = asyncio.get_running_loop()
+        listen = loop.create_server
+        loop.create_server = partial(listen, ssl_handshake_timeout=HANDSHAKE_SECONDS)  # type: ignore[method-assign]
+        try:
+            await super().startup(sockets)
+        finally:
+            loop.create_server = listen  # type: ignore[method-assign]
         self.announce()
 
     def announce(self) -> None:
@@ -181,13 +200,16 @@ def _server_context(settings: GatewaySettings) -> ssl.SSLContext:
     return context
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(settings: GatewaySettings) -> socket.socket:
+    host, port = settings.host, settings.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=512)
+        plain = socket.create_server((host, port), family=family, backlog=512)
     except OSError as err:
         raise ConfigError(
             f"The gateway cannot listen on {host}, port {port} ({err.strerror or err}): stop what "
             "uses it or choose another port.",
             code="address-in-use",
         ) from err
+    door = Doorkeeper(settings.max_connections, settings.max_connections_per_address)
+    return GuardedSocket(plain, door)

@@ -7,7 +7,6 @@ a uvicorn protocol that gives every exchange a deadline.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import re
 import time
 from collections import OrderedDict
@@ -20,8 +19,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from talkoot.protocol import limits
 from talkoot.protocol.messages import Refusal, canonical_bytes
 
+HANDSHAKE_SECONDS: Final = 10.0
+"""For a TLS handshake."""
 HEADER_SECONDS: Final = 10.0
-"""From the connection to the end of the first request's headers."""
+"""From the end of the handshake to the end of the first request's headers."""
 BODY_SECONDS: Final = 10.0
 """From the headers to the end of the body (64 KiB)."""
 EXCHANGE_SECONDS: Final = 60.0
@@ -144,42 +145,6 @@ async def read_body(receive: Receive, cap: int) -> bytes:
             408, "too-slow", f"The request's body did not arrive in {BODY_SECONDS:.0f} seconds."
         ) from err
     return bytes(body)
-
-
-class RateLimiter:
-    """A token bucket per key, for at most :data:`MAX_CACHE_ENTRIES` recent keys.
-
-    Args:
-        burst: how many may pass at once.
-        per_second: how fast the right to pass comes back.
-    """
-
-    def __init__(self, burst: float, per_second: float) -> None:
-        self._burst = burst
-        self._per_second = per_second
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def allow(self, key: str, now: float) -> bool:
-        """Whether ``key`` may pass at ``now`` (monotonic seconds)."""
-        level, then = self._buckets.pop(key, (self._burst, now))
-        level = min(self._burst, level + max(0.0, now - then) * self._per_second)
-        passes = level >= 1.0
-        self._buckets[key] = (level - 1.0 if passes else level, now)
-        if len(self._buckets) > MAX_CACHE_ENTRIES:
-            self._buckets.popitem(last=False)
-        return passes
-
-
-def rate_key(address: str) -> str:
-    """An IPv4 address, or an IPv6 address's /64: what one household gets."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(ip, ipaddress.IPv6Address):
-        mapped = ip.ipv4_mapped
-        return str(mapped or ipaddress.IPv6Network((int(ip) >> 64 << 64, 64)))
-    return str(ip)
 
 
 class TimedCache(Generic[K, V]):

@@ -24,6 +24,7 @@ from talkoot.server.leash import die_with_parent
 from talkoot.server.logs import configure
 from talkoot.server.registry import Registry
 from talkoot.server.state import StateDir
+from talkoot.server.trust import stamp
 from talkoot.server.validator import Validator
 
 log = logging.getLogger(__name__)
@@ -37,19 +38,27 @@ def serve_gateway_until(coordinator: Coordinator, stop: threading.Event) -> None
     from talkoot.server.gateway_server import GatewaySettings, serve_gateway
 
     network = coordinator.config.network
-    control = ControlApi(network.superlink_port, coordinator.ca_pem)
+    state = coordinator.state
+    control = ControlApi(network.superlink_port, coordinator.loopback_ca_pem)
     settings = GatewaySettings(
         host=network.bind,
         port=network.gateway_port,
-        certificate=coordinator.state.tls / "server.pem",
-        key=coordinator.state.tls / "server.key",
+        certificate=state.tls / "server.pem",
+        key=state.tls / "server.key",
         superlink_port=network.superlink_port,
+        superlink_ca=state.loopback_ca,
+        max_connections=network.max_connections,
+        max_connections_per_address=network.max_connections_per_address,
     )
+    shown = file_stamp(settings.certificate)
     with serve_gateway(Desk(coordinator, Registry(coordinator, control)), settings) as server:
         print(READY, flush=True)
         while not stop.wait(0.5):
             if not server.is_alive():
                 raise TalkootError("The gateway stopped by itself.")
+            if shown != (shown := file_stamp(settings.certificate)):
+                server.reload_certificate()
+                log.info("the server's certificate was renewed")
 
 
 def serve_transfer_until(coordinator: Coordinator, stop: threading.Event) -> None:
@@ -57,14 +66,16 @@ def serve_transfer_until(coordinator: Coordinator, stop: threading.Event) -> Non
     from talkoot.server.transfer import serve
 
     network = coordinator.config.network
-    control = ControlApi(network.superlink_port, coordinator.ca_pem)
+    control = ControlApi(network.superlink_port, coordinator.loopback_ca_pem)
     host = f"[{network.bind}]" if ":" in network.bind else network.bind
+    files = TlsWatch(coordinator)
     server = serve(
         Desk(coordinator, Registry(coordinator, control)),
         f"{host}:{network.transfer_port}",
-        (coordinator.state.tls / "server.key").read_bytes(),
-        (coordinator.state.tls / "server.pem").read_bytes(),
-        coordinator.ca_pem,
+        *files.read(),
+        reload=files.changed,
+        max_connections=network.max_connections,
+        max_connections_per_address=network.max_connections_per_address,
     )
     print(READY, flush=True)
     # Verifying a payload needs torch, which takes seconds to import: not before the port is open.
@@ -91,6 +102,48 @@ def copy_until(coordinator: Coordinator, stop: threading.Event) -> None:
     copier.run(stop.wait)
 
 
+class TlsWatch:
+    """The TLS files of the transfer service, read again after the supervisor changed them."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._c = coordinator
+        self._seen = self._stamp()
+
+    def _stamp(self) -> tuple[object, ...]:
+        return (*file_stamp(self._c.state.tls / "server.pem"), *stamp(self._c.state.ca))
+
+    def read(self) -> tuple[bytes, bytes, bytes]:
+        """Key, certificate and the CAs of clients."""
+        tls = self._c.state.tls
+        return (
+            (tls / "server.key").read_bytes(),
+            (tls / "server.pem").read_bytes(),
+            self._c.ca_pem,
+        )
+
+    def changed(self) -> tuple[bytes, bytes, bytes] | None:
+        """What is new since the last call; None when nothing is."""
+        now = self._stamp()
+        if now == self._seen:
+            return None
+        try:
+            files = self.read()
+        except (OSError, TalkootError) as err:  # half-way through a change: the next peer sees it
+            log.warning("the TLS files could not be read: %s", err)
+            return None
+        self._seen = now
+        return files
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Changes whenever the file is replaced."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0)
+    return (found.st_mtime_ns, found.st_ino)
+
+
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="talkoot.server.parts")
@@ -101,7 +154,7 @@ def main() -> int:
     die_with_parent()
     if args.part == "superexec":
         state = StateDir(args.state)
-        run_superexec(load_config(state.config).network.superlink_port, state.ca / "ca.pem")
+        run_superexec(load_config(state.config).network.superlink_port, state.loopback_ca)
         return 0
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -12,12 +12,21 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, cast, get_args
 
 from sqlalchemy import select
 
 from talkoot.protocol.errors import ConfigError, RefusedError, UnavailableError, VersionError
-from talkoot.protocol.identity import load_public_key, node_id_of, public_pem, verify
+from talkoot.protocol.identity import (
+    CLOCK_SKEW_SECONDS,
+    load_certificate,
+    load_public_key,
+    node_id_of,
+    public_pem,
+    verify,
+)
 from talkoot.protocol.invite import Invite
 from talkoot.protocol.limits import PROTOCOL_VERSION
 from talkoot.protocol.memory import MemoryPlan
@@ -28,20 +37,22 @@ from talkoot.protocol.messages import (
     NodeReportReply,
     Proof,
     ProofChallenge,
+    RenewReply,
+    RenewRequest,
     Signed,
     Verdict,
     canonical_bytes,
+    parse,
 )
 from talkoot.protocol.recipes import RECIPES
-from talkoot.server import rounds
+from talkoot.server import applicants, rounds
 from talkoot.server.admission import AdmissionPolicy, judge_capability, judge_proof, stale_proof
 from talkoot.server.book import Book
-from talkoot.server.ca import CertificateAuthority, key_of_csr
+from talkoot.server.ca import key_of_csr
 from talkoot.server.coordinator import Coordinator, note
+from talkoot.server.invites import link
 from talkoot.server.ledger.schema import (
-    Invite as InviteRecord,
-)
-from talkoot.server.ledger.schema import (
+    Applicant,
     LeaseRecord,
     Node,
     NodeState,
@@ -49,6 +60,10 @@ from talkoot.server.ledger.schema import (
     Round,
     Run,
 )
+from talkoot.server.ledger.schema import (
+    Invite as InviteRecord,
+)
+from talkoot.server.statements import Statements
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -58,7 +73,6 @@ log = logging.getLogger(__name__)
 Role = Literal["volunteer", "validator"]
 NodeStatus = Literal["pending", "proving", "admitted", "quarantined", "refused", "banned"]
 
-CERTIFICATE_DAYS = 365
 PROOF_STEPS = 2
 REPORT_SECONDS = 1.0
 """How often a node of a small network reports; stretched as the network grows."""
@@ -80,19 +94,30 @@ class Register(Protocol):
 
 
 @dataclass(frozen=True)
+class _Way:
+    """How a node comes in: the invite that it shows, or the operator's approval; and as what."""
+
+    invite: InviteRecord | None
+    role: str
+
+
+@dataclass(frozen=True)
 class Registry:
     """The nodes of one coordinator."""
 
     coordinator: Coordinator
     control: Register
 
+    @cached_property
+    def statements(self) -> Statements:
+        """Signs what nodes measure freshness by."""
+        return Statements(self.coordinator)
+
     # Invites --------------------------------------------------------------------------------------
 
     def invite(self, *, uses: int, expires_seconds: float, role: Role = "volunteer") -> Invite:
         """A new invite; only a hash of its token is kept. ``role`` is that of who comes with it."""
-        network = self.coordinator.config.network
         token = secrets.token_urlsafe(24)
-        ca = CertificateAuthority.load(self.coordinator.state.ca)
         now = time.time()
         with self.coordinator.ledger.write() as session:
             session.add(
@@ -104,12 +129,7 @@ class Registry:
                     role=role,
                 )
             )
-        return Invite(
-            host=network.public_host,
-            port=network.gateway_port,
-            ca_fingerprint=ca.fingerprint,
-            token=token,
-        )
+        return link(self.coordinator, token)
 
     # Enrolment ------------------------------------------------------------------------------------
 
@@ -129,36 +149,38 @@ class Registry:
         node_id = node_id_of(public_key)
         pem = public_pem(public_key)
         with self.coordinator.ledger.read() as session:
-            self._usable_invite(session, request.token, node_id)
+            self._way_in(session, request.token, node_id)
         fits = judge_capability(self.policy, request.capability, self.needs())
         if not fits.accepted:
             raise RefusedError(fits.sentence, code=fits.code)
+        if request.token is None:
+            applicants.ask(self.coordinator, node_id, request, peer)
 
         # Flower first: a node in the ledger is always one that the SuperLink knows.
         flower_node_id = self._register(pem, request.name)
         now = time.time()
         with self.coordinator.ledger.write() as session:
-            invite = self._usable_invite(session, request.token, node_id)
+            way = self._way_in(session, request.token, node_id)
             node = session.get(Node, node_id)
             if node is None:
-                invite.uses_left -= 1
-                session.add(
-                    Node(
-                        node_id=node_id,
-                        name=request.name,
-                        public_key_pem=pem.decode("ascii"),
-                        public_key_sha256=_sha256(pem),
-                        flower_node_id=str(flower_node_id),
-                        status="proving",
-                        sentence="Enrolled; has to prove that it can hold a replica.",
-                        capability=canonical_bytes(request.capability).decode("ascii"),
-                        invite_id=invite.invite_id,
-                        role=invite.role,
-                        enrolled_unix=now,
-                        tokens_per_second=0.0,
-                        nonce=None,
-                    )
+                if way.invite is not None:
+                    way.invite.uses_left -= 1
+                node = Node(
+                    node_id=node_id,
+                    name=request.name,
+                    public_key_pem=pem.decode("ascii"),
+                    public_key_sha256=_sha256(pem),
+                    flower_node_id=str(flower_node_id),
+                    status="proving",
+                    sentence="Enrolled; has to prove that it can hold a replica.",
+                    capability=canonical_bytes(request.capability).decode("ascii"),
+                    invite_id=None if way.invite is None else way.invite.invite_id,
+                    role=way.role,
+                    enrolled_unix=now,
+                    tokens_per_second=0.0,
+                    nonce=None,
                 )
+                session.add(node)
                 note(session, "enrolled", f"{request.name} ({node_id}) enrolled.")
                 # Events are public on the status page; where a volunteer lives is not.
                 log.info("%s (%s) enrolled from %s", request.name, node_id, peer)
@@ -166,14 +188,13 @@ class Registry:
                 node.name = request.name
                 node.flower_node_id = str(flower_node_id)
                 node.capability = canonical_bytes(request.capability).decode("ascii")
-            certificate = CertificateAuthority.load(self.coordinator.state.ca).issue_node(
-                request.csr_pem.encode("ascii"), CERTIFICATE_DAYS
-            )
+            certificate = self._certify(node, request.csr_pem, now)
         network = self.coordinator.config.network
         return EnrolReply(
+            run_id=self.coordinator.run_id,
             node_id=node_id,
-            certificate_pem=certificate.decode("ascii"),
-            ca_pem=self.coordinator.ca_pem.decode("ascii"),
+            certificate_pem=certificate,
+            trust=self.trust_statement(),
             coordinator_key_pem=public_pem(self.coordinator.key.public_key).decode("ascii"),
             transfer_port=network.transfer_port,
             poll_seconds=self.poll_seconds(),
@@ -187,7 +208,13 @@ class Registry:
             raise UnavailableError("The SuperLink did not register the node: try again.")
         return flower_node_id
 
-    def _usable_invite(self, session: Session, token: str, node_id: str) -> InviteRecord:
+    def _way_in(self, session: Session, token: str | None, node_id: str) -> _Way:
+        node = session.get(Node, node_id)
+        if node is not None and node.status == "banned":
+            raise _banned(node)
+        if token is None:
+            rules = self.coordinator.config.admission
+            return _Way(None, applicants.role_without_invite(session, rules, node_id))
         digest = _sha256(token.encode())
         invite = session.scalars(
             select(InviteRecord).where(InviteRecord.token_sha256 == digest)
@@ -198,11 +225,13 @@ class Registry:
                 "the operator for a new one.",
                 code="invite-unknown",
             )
-        node = session.get(Node, node_id)
-        if node is not None and node.status == "banned":
-            raise RefusedError(f"This node is banned: {node.sentence}", code="banned")
+        way = _Way(invite, invite.role)
         if node is not None and node.invite_id == invite.invite_id:
-            return invite  # the same node again: its first answer may have been lost
+            return way  # the same node again: its first answer may have been lost
+        if invite.revoked_unix is not None:
+            raise RefusedError(
+                "The invite was revoked: ask the operator for a new one.", code="invite-revoked"
+            )
         if invite.expires_unix <= time.time():
             raise RefusedError(
                 "The invite has expired: ask the operator for a new one.", code="invite-expired"
@@ -211,7 +240,54 @@ class Registry:
             raise RefusedError(
                 "The invite has been used up: ask the operator for a new one.", code="invite-used"
             )
-        return invite
+        return way
+
+    # Certificates ---------------------------------------------------------------------------------
+
+    def _certify(self, node: Node, csr_pem: str, now: float) -> str:
+        days = self.coordinator.config.admission.certificate_days
+        pem = self.coordinator.trust().issuing.issue_node(
+            csr_pem.encode("ascii"), days, now=datetime.fromtimestamp(now, UTC)
+        )
+        node.certified_until_unix = load_certificate(pem).not_valid_after_utc.timestamp()
+        return pem.decode("ascii")
+
+    def trust_statement(self) -> Signed:
+        """The CAs of this network, signed for nodes."""
+        return self.coordinator.trust().statement(self.coordinator.key, self.coordinator.run_id)
+
+    def renew(self, signed: Signed, *, peer_node_id: str | None, now: float) -> RenewReply:
+        """A new certificate for a node that holds the key it enrolled with.
+
+        Args:
+            signed: a RenewRequest.
+            peer_node_id: who asks, when mutual TLS says so; None for a node whose certificate has
+                ended, or comes from a CA that has: its signature says who it is.
+            now: Unix seconds.
+
+        Raises:
+            RefusedError: unknown, banned, or the request is not of now.
+            IntegrityError: somebody else signed it.
+        """
+        claim = parse(RenewRequest, signed.body.encode("ascii", "replace"))
+        if peer_node_id not in (None, claim.node_id) or claim.run_id != self.coordinator.run_id:
+            raise RefusedError("The request is for another node or run.", code="wrong-node")
+        with self.coordinator.ledger.write() as session:
+            node = _node(session, claim.node_id)
+            if node.status == "banned":
+                raise _banned(node)
+            key = load_public_key(node.public_key_pem.encode("ascii"))
+            verify(signed, "RenewRequest", key, RenewRequest)
+            if abs(claim.issued_unix - now) > CLOCK_SKEW_SECONDS:
+                raise RefusedError(
+                    "The request for a new certificate was signed at another time than now: set "
+                    "this machine's clock.",
+                    code="stale-request",
+                )
+            if node_id_of(key_of_csr(claim.csr_pem.encode("ascii", "replace"))) != node.node_id:
+                raise RefusedError("The request is for another key.", code="wrong-key")
+            certificate = self._certify(node, claim.csr_pem, now)
+        return RenewReply(certificate_pem=certificate, trust=self.trust_statement())
 
     # Proof ----------------------------------------------------------------------------------------
 
@@ -263,7 +339,7 @@ class Registry:
             node = _node(session, node_id)
             # Recomputing the loss took seconds: a ban or another answer may have come meanwhile.
             if node.status == "banned":
-                raise RefusedError(f"This node is banned: {node.sentence}", code="banned")
+                raise _banned(node)
             if verdict.code != "stale-proof" and node.nonce != proof.nonce:
                 verdict = stale_proof()
             if verdict.code == "stale-proof":
@@ -342,6 +418,26 @@ class Registry:
                 node.flower_node_id = str(flower_node_id)
             note(session, "admitted", f"{name}: admitted by the operator.")
 
+    def lift(self, node_id: str) -> str:
+        """Lift a ban; returns the status that the node has now: admitted, if it had proved itself.
+
+        One that had not has to prove itself first.
+        """
+        with self.coordinator.ledger.read() as session:
+            node = _node(session, node_id)
+            if node.status != "banned":
+                raise ConfigError(f"{node.name} ({node_id}) is not banned: it is {node.status}.")
+            proved = _has_proved(session, node_id)
+        if proved:
+            self.approve(node_id)
+            return "admitted"
+        with self.coordinator.ledger.write() as session:
+            node = _node(session, node_id)
+            node.status = "proving"
+            node.sentence = "The ban was lifted; has to prove that it can hold a replica."
+            note(session, "lifted", f"{node.name}: {node.sentence}")
+        return "proving"
+
     def ban(self, node_id: str, reason: str) -> None:
         """Shut a node out of every plane, until it is approved again.
 
@@ -370,6 +466,13 @@ class Registry:
             if node is None or node.status != "banned":
                 return None
             return f"This node is banned: {node.sentence}"
+
+    def banned_nodes(self) -> frozenset[str]:
+        """Ids of all nodes that are shut out now."""
+        with self.coordinator.ledger.read() as session:
+            return frozenset(
+                session.scalars(select(Node.node_id).where(Node.status == "banned")).all()
+            )
 
     def authorize(self, node_id: str) -> Verdict:
         """Whether a certificate's owner may use the data plane."""
@@ -430,10 +533,10 @@ class Registry:
             run = session.get(Run, self.coordinator.run_id)
             book = Book(self.coordinator)
             latest = book.latest_version(session)
+            head = self.statements.head(latest.version, latest.weights_digest, now)
             behind: Signed | None = None
             if report.version != latest.version and not book.holds_lease(session, node_id):
-                ref = canonical_bytes(book.version_ref(session, latest))
-                behind = self.coordinator.key.sign("VersionRef", ref)
+                behind = self.statements.version(book.version_ref(session, latest), now)
             lease_open = False
             if report.lease_id is not None:
                 lease = session.get(LeaseRecord, report.lease_id)
@@ -448,11 +551,15 @@ class Registry:
                 latest_version=latest.version,
                 run_finished=run is not None and run.finished_unix is not None,
                 lease_open=lease_open,
+                head=head,
                 latest=behind,
             )
 
 
-def find_node(nodes: Sequence[Node], wanted: str) -> Node:
+N = TypeVar("N", Node, Applicant)
+
+
+def find_node(nodes: Sequence[N], wanted: str) -> N:
     """A node by its id, the beginning of its id, or its name."""
     hits = [n for n in nodes if wanted in (n.node_id, n.name)] or [
         n for n in nodes if wanted and n.node_id.startswith(wanted)
@@ -465,6 +572,10 @@ def find_node(nodes: Sequence[Node], wanted: str) -> Node:
     return hits[0]
 
 
+def _banned(node: Node) -> RefusedError:
+    return RefusedError(f"This node is banned: {node.sentence}", code="banned")
+
+
 def _node(session: Session, node_id: str) -> Node:
     node = session.get(Node, node_id)
     if node is None:
@@ -475,17 +586,21 @@ def _node(session: Session, node_id: str) -> Node:
 def _proved(session: Session, node_id: str) -> Node:
     """A node that may be admitted: it proved itself, and the operator's word is all it lacks."""
     node = _node(session, node_id)
-    proof = session.scalars(
-        select(ProofRecord)
-        .where(ProofRecord.node_id == node.node_id)
-        .order_by(ProofRecord.proof_id.desc())
-    ).first()
-    if proof is None or not (proof.accepted or proof.code == "awaits-approval"):
+    if not _has_proved(session, node_id):
         raise ConfigError(
             f"{node.name} ({node.node_id}) has not proved that it can hold a replica: "
             f"{node.sentence}"
         )
     return node
+
+
+def _has_proved(session: Session, node_id: str) -> bool:
+    proof = session.scalars(
+        select(ProofRecord)
+        .where(ProofRecord.node_id == node_id)
+        .order_by(ProofRecord.proof_id.desc())
+    ).first()
+    return proof is not None and (proof.accepted or proof.code == "awaits-approval")
 
 
 def _status(text: str) -> NodeStatus:

@@ -24,6 +24,7 @@ from talkoot.server.coordinator import note
 from talkoot.server.ledger import Ledger
 from talkoot.server.ledger.schema import Run, Version
 from talkoot.server.state import StateDir
+from talkoot.server.trust import load_trust
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,7 @@ def _fill(state: StateDir, config: Config, say: Say) -> str:
 
     say("Keys and certificate authority …")
     CertificateAuthority.create(state.ca)
+    issue_loopback_certificate(state)
     key = NodeKey.generate()
     key.save(state.coordinator_key)
 
@@ -199,16 +201,37 @@ def with_free_ports(config: Config) -> Config:
     return config.model_copy(update={"network": NetworkSection(**chosen)})
 
 
-def issue_server_certificate(state: StateDir, config: Config) -> tuple[Path, Path]:
-    """A fresh certificate for gateway, transfer service and SuperLink; returns (cert, key)."""
+def issue_server_certificate(
+    state: StateDir, config: Config, *, keep_key: bool = False
+) -> tuple[Path, Path]:
+    """A fresh certificate for gateway and transfer service; returns (cert, key).
+
+    Args:
+        keep_key: for servers that are running and take up the new certificate by themselves: they
+            must never see a key and a certificate that do not belong together.
+    """
     names, ips = [], []
     with suppress(ValueError):
         ips.append(str(ipaddress.ip_address(config.network.public_host)))
     if not ips:
         names.append(config.network.public_host)
-    key = NodeKey.generate()
-    certificate = CertificateAuthority.load(state.ca).issue_server(names, ips, key)
     cert_path, key_path = state.tls / "server.pem", state.tls / "server.key"
+    key = NodeKey.load(key_path) if keep_key else NodeKey.generate()
+    certificate = load_trust(state.ca).serving.issue_server(names, ips, key)
     write_atomic(key_path, key.private_pem(), mode=0o600)
     write_atomic(cert_path, certificate, mode=0o600)
+    return cert_path, key_path
+
+
+def issue_loopback_certificate(state: StateDir) -> tuple[Path, Path]:
+    """A fresh certificate for the SuperLink, of its own CA; returns (cert, key)."""
+    folder = state.loopback_ca.parent
+    if state.loopback_ca.exists():
+        authority = CertificateAuthority.load(folder)
+    else:
+        authority = CertificateAuthority.create(folder)
+    key = NodeKey.generate()
+    cert_path, key_path = folder / "superlink.pem", folder / "superlink.key"
+    write_atomic(key_path, key.private_pem(), mode=0o600)
+    write_atomic(cert_path, authority.issue_server([], [], key), mode=0o600)
     return cert_path, key_path

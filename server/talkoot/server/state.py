@@ -54,6 +54,12 @@ class StateDir:
         return self.root / "tls"
 
     @property
+    def loopback_ca(self) -> Path:
+        """Certificate of the CA that the SuperLink's certificate comes from; its own, so that the
+        network's CA can be rotated while the SuperLink runs."""
+        return self.tls / "loopback" / "ca.pem"
+
+    @property
     def store(self) -> Path:
         """Artifacts by digest."""
         return self.root / "store"

@@ -10,8 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from types import TracebackType
+from typing import Final
 
 from talkoot.protocol.errors import UnavailableError
+
+MIN_PROGRESS: Final = 64 * 1024
+"""Bytes that count as movement: in ``stall_seconds`` less than a modem carries."""
 
 
 class Stream:
@@ -22,11 +26,15 @@ class Stream:
         self.cancel = cancel
         self.key: Hashable = None
         self.moved = table.now()
+        self._bytes = 0
         self._table = table
 
-    def touch(self) -> None:
-        """Bytes moved."""
-        self.moved = self._table.now()
+    def touch(self, length: int) -> None:
+        """So many bytes moved. A trickle is no movement: it would hold a place for ever."""
+        self._bytes += length
+        if self._bytes >= MIN_PROGRESS:
+            self._bytes = 0
+            self.moved = self._table.now()
 
     def claim(self, key: Hashable) -> None:
         """Work on ``key`` alone: this node's earlier stream on the same key is ended first.
@@ -58,7 +66,8 @@ class StreamTable:
     Args:
         total: streams at once.
         per_node: streams of one node at once.
-        stall_seconds: a stream that moved nothing for so long may lose its place.
+        stall_seconds: a stream that moved less than :data:`MIN_PROGRESS` in so long may lose its
+            place.
         patience_seconds: how long a newcomer waits for a place that is being freed.
         now: a monotonic clock, in seconds.
     """

@@ -28,6 +28,7 @@ from talkoot.protocol.errors import StateError, TalkootError, UnavailableError
 from talkoot.protocol.files import write_atomic
 from talkoot.server.app import STATE_VARIABLE
 from talkoot.server.book import Book
+from talkoot.server.ca import SERVER_DAYS
 from talkoot.server.coordinator import Coordinator
 from talkoot.server.flower import (
     ControlApi,
@@ -36,7 +37,8 @@ from talkoot.server.flower import (
     superlink_environment,
 )
 from talkoot.server.room import free_bytes, shortage
-from talkoot.server.setup import issue_server_certificate
+from talkoot.server.setup import issue_loopback_certificate, issue_server_certificate
+from talkoot.server.trust import settle
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +124,12 @@ class Supervisor:
         self._book = Book(coordinator)
         network = coordinator.config.network
         check_ports_free(coordinator)
-        certificate, key = issue_server_certificate(coordinator.state, coordinator.config)
         state = coordinator.state
+        settle(state.ca, now=time.time())
+        issue_server_certificate(state, coordinator.config)
+        self._serving_serial = coordinator.trust().serial
+        self._issued_unix = time.time()
+        certificate, key = issue_loopback_certificate(state)
         env = quiet_environment(os.environ)
         env["PYTHONUNBUFFERED"] = "1"
         env["OMP_NUM_THREADS"] = "1"  # verifying a payload must not take the whole machine
@@ -140,7 +146,7 @@ class Supervisor:
                         database=state.root / "flower.db",
                         certificate=certificate,
                         key=key,
-                        ca=state.ca / "ca.pem",
+                        ca=state.loopback_ca,
                     ),
                 ],
                 superlink_env,
@@ -166,7 +172,7 @@ class Supervisor:
                 )
             ),
         ]
-        self._control = ControlApi(network.superlink_port, coordinator.ca_pem)
+        self._control = ControlApi(network.superlink_port, coordinator.loopback_ca_pem)
         self._flower_run: int | None = None
         self._check_run = 0.0
         self._announced = False
@@ -217,6 +223,7 @@ class Supervisor:
         if now >= self._check_run:
             self._check_run = now + RUN_CHECK_SECONDS
             self._watch_disk()
+            self._watch_trust()
             self._keep_submitted()
 
     def _watch_disk(self) -> None:
@@ -226,6 +233,24 @@ class Supervisor:
         if (told is not None) != self._disk_full:
             self._disk_full = told is not None
             self._say(told or f"There is room again on the disk that holds {root}.")
+
+    def _watch_trust(self) -> None:
+        """Let the next CA take over when it is due, and renew the servers' certificate.
+
+        Gateway and transfer service take it up by themselves.
+        """
+        now = time.time()
+        try:
+            if settle(self._c.state.ca, now=now):
+                self._say("The next CA has taken over; the old one is not accepted any more.")
+                self._book.note("ca", "The next CA has taken over.")
+            serial = self._c.trust().serial
+            old = now - self._issued_unix > SERVER_DAYS * 86400 * 2 / 3
+            if serial != self._serving_serial or old:
+                issue_server_certificate(self._c.state, self._c.config, keep_key=True)
+                self._serving_serial, self._issued_unix = serial, now
+        except (TalkootError, OSError) as err:  # a full disk, say: it is tried again in a second
+            log.warning("the certificates could not be renewed: %s", err)
 
     def _keep_submitted(self) -> None:
         """Make sure that Flower runs our ServerApp while there are rounds to do."""

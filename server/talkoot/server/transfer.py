@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol, cast
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 import grpc
 
@@ -23,18 +25,20 @@ from talkoot.protocol import faults, limits
 from talkoot.protocol.artifacts import Slice, Source
 from talkoot.protocol.errors import ProtocolError, RefusedError, StateError, UnavailableError
 from talkoot.protocol.flow import ChunkPace
+from talkoot.protocol.identity import load_certificate
 from talkoot.protocol.ingest import Ingest, check_digest, check_size, received_bytes, trim_parts
 from talkoot.protocol.messages import (
     Message,
     NodeReport,
     NodeReportReply,
+    RenewReply,
     Signed,
     Verdict,
     canonical_bytes,
     parse,
 )
 from talkoot.protocol.pieces import Pieces
-from talkoot.protocol.refusals import to_status
+from talkoot.protocol.refusals import CERTIFICATE_EXPIRED, to_status
 from talkoot.protocol.wire.transfer_pb2 import (
     Envelope,
     FetchChunk,
@@ -50,6 +54,8 @@ from talkoot.protocol.wire.transfer_pb2_grpc import (
 from talkoot.protocol.wire.transfer_pb2_grpc import (
     add_TransferServicer_to_server,
 )
+from talkoot.server.calls import Calls
+from talkoot.server.door import PortGuard
 from talkoot.server.first_word import FirstWord, SilentCalls
 from talkoot.server.streams import StreamTable
 
@@ -60,6 +66,24 @@ MAX_PARTS_PER_NODE: Final = 4
 """Unfinished uploads kept for one node; the oldest goes when another begins."""
 STALL_SECONDS: Final = 120.0
 PATIENCE_SECONDS: Final = 5.0
+CALLS_PER_NODE: Final = 8
+"""Calls of one node that are answered at once, transfers not counted."""
+QUOTAS: Final[Mapping[str, tuple[float, float]]] = {
+    "Pieces": (300, 30.0),
+    "PushStatus": (100, 20.0),
+    "Submit": (20, 1.0),
+    "Prove": (6, 0.05),
+    "Challenge": (6, 0.05),
+    "Report": (60, 10.0),
+    "GetRun": (20, 1.0),
+    "GetTask": (60, 5.0),
+    "GetMirrors": (20, 1.0),
+    "Renew": (10, 0.2),
+}
+"""How often one node may call: so many at once, then so many a second. A proof takes the
+coordinator seconds to check, so it is the rarest. Fetch and Push have their streams."""
+WATCH_SECONDS: Final = 0.5
+"""How often open calls are held against the list of the banned."""
 
 _NODE_ID = re.compile(r"[0-9a-f]{16}")
 _LEASE_ID = re.compile(r"[0-9a-f]{32}")
@@ -77,6 +101,7 @@ OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     # one on a slow line may have to queue behind megabytes. Nothing ends a connection for its age.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 300_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.max_connection_idle_ms", 10 * 60_000),
 )
@@ -96,6 +121,10 @@ class Backend(Protocol):
 
     def authorize(self, node_id: str) -> Verdict:
         """Whether this node may use the data plane at all; asked on every call."""
+        ...
+
+    def banned_nodes(self) -> frozenset[str]:
+        """Ids of the nodes whose open calls are to be cut; asked twice a second."""
         ...
 
     def source(self) -> Source:
@@ -150,6 +179,10 @@ class Backend(Protocol):
         """The signed MirrorList."""
         ...
 
+    def renew(self, signed: Signed, peer_node_id: str | None) -> RenewReply:
+        """A new certificate for this node, which signed a RenewRequest."""
+        ...
+
 
 class _Claim(NamedTuple):
     """What an upload says it is."""
@@ -166,6 +199,7 @@ class TransferServicer(WireServicer):
         self, backend: Backend, *, max_streams: int, stall_seconds: float = STALL_SECONDS
     ) -> None:
         self._backend = backend
+        self._calls = Calls(QUOTAS, per_node=CALLS_PER_NODE, now=time.monotonic)
         self._streams = StreamTable(
             total=max_streams,
             per_node=MAX_STREAMS_PER_NODE,
@@ -180,7 +214,7 @@ class TransferServicer(WireServicer):
         self, request: FetchRequest, context: grpc.ServicerContext
     ) -> Iterator[FetchChunk]:
         """Stream an artifact from an offset to its end."""
-        with self._answering(context) as node_id:
+        with self._answering(context, "Fetch") as node_id:
             found = self._backend.source().lookup(check_digest(request.digest))
             if found is None:
                 raise _unknown()
@@ -195,13 +229,13 @@ class TransferServicer(WireServicer):
             with stream:
                 for data in _read(found, request.offset):
                     yield FetchChunk(data=data, total_size=found.length)
-                    stream.touch()
+                    stream.touch(len(data))
 
     def Pieces(  # noqa: N802
         self, request: FetchRequest, context: grpc.ServicerContext
     ) -> PieceList:
         """The digests of an artifact's pieces."""
-        with self._answering(context):
+        with self._answering(context, "Pieces"):
             digest = check_digest(request.digest)
             found = self._backend.source().lookup(digest)
             if found is None:
@@ -213,7 +247,7 @@ class TransferServicer(WireServicer):
         self, request: PushStatusRequest, context: grpc.ServicerContext
     ) -> PushState:
         """How much of an upload is here."""
-        with self._answering(context) as node_id:
+        with self._answering(context, "PushStatus") as node_id:
             claim = _claim(request)
             if self._taken(node_id, claim):
                 return PushState(offset=claim.size, complete=True)
@@ -224,7 +258,7 @@ class TransferServicer(WireServicer):
         self, request_iterator: Iterator[PushChunk], context: grpc.ServicerContext
     ) -> PushState:
         """Receive an upload; verified and delivered when its last byte is here."""
-        with self._answering(context) as node_id:
+        with self._answering(context, "Push") as node_id:
             with self._streams.admit(node_id, context.cancel) as stream:
                 first = next(request_iterator, None)
                 if first is None:
@@ -240,8 +274,7 @@ class TransferServicer(WireServicer):
                         _check_chunk(chunk, claim)
                         ingest.append(chunk.offset, chunk.data)
                         faults.place("push.mid")
-                        if chunk.data:
-                            stream.touch()
+                        stream.touch(len(chunk.data))
                     if ingest.offset() < claim.size:
                         return PushState(offset=ingest.offset())
                     path = ingest.finish()
@@ -259,17 +292,17 @@ class TransferServicer(WireServicer):
 
     def Submit(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
         """A signed Contribution: a Verdict."""
-        with self._answering(context) as node_id:
+        with self._answering(context, "Submit") as node_id:
             return _envelope(self._backend.submit(node_id, _signed(request, "Contribution")))
 
     def Prove(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
         """A signed Proof: a Verdict."""
-        with self._answering(context) as node_id:
+        with self._answering(context, "Prove") as node_id:
             return _envelope(self._backend.prove(node_id, _signed(request, "Proof")))
 
     def Challenge(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
         """What the next proof must be made for."""
-        with self._answering(context) as node_id:
+        with self._answering(context, "Challenge") as node_id:
             body = self._backend.challenge(node_id)
             if len(body) > limits.MAX_CONTROL_MESSAGE:
                 raise ValueError(f"the backend's challenge has {len(body)} bytes")
@@ -277,17 +310,17 @@ class TransferServicer(WireServicer):
 
     def Report(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
         """A heartbeat."""
-        with self._answering(context) as node_id:
+        with self._answering(context, "Report") as node_id:
             return _envelope(self._backend.report(node_id, parse(NodeReport, request.body)))
 
     def GetRun(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
         """The signed RunSpec."""
-        with self._answering(context) as node_id:
+        with self._answering(context, "GetRun") as node_id:
             return _envelope(self._backend.run_spec(node_id))
 
     def GetTask(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
         """The signed RoundTask that is open for the node."""
-        with self._answering(context) as node_id:
+        with self._answering(context, "GetTask") as node_id:
             task = self._backend.task(node_id)
             if task is None:
                 raise RefusedError("There is no task for this node now.", code="no-task")
@@ -295,16 +328,28 @@ class TransferServicer(WireServicer):
 
     def GetMirrors(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
         """The signed MirrorList."""
-        with self._answering(context) as node_id:
+        with self._answering(context, "GetMirrors") as node_id:
             return _envelope(self._backend.mirrors(node_id))
 
+    def Renew(self, request: Envelope, context: grpc.ServicerContext) -> Envelope:  # noqa: N802
+        """A fresh certificate for the caller's own key."""
+        with self._answering(context, "Renew") as node_id:
+            return _envelope(self._backend.renew(_signed(request, "RenewRequest"), node_id))
+
+    def cut_banned(self) -> None:
+        """End what is open for those who are banned."""
+        self._calls.end(self._backend.banned_nodes())
+
     @contextmanager
-    def _answering(self, context: grpc.ServicerContext) -> Iterator[str]:
+    def _answering(self, context: grpc.ServicerContext, method: str) -> Iterator[str]:
         """The peer's node id, once authorized; any error inside becomes the call's status."""
         try:
             node_id = peer_node_id(context)
-            _insist(self._backend.authorize(node_id))
-            yield node_id
+            with self._calls.admit(node_id, method, context.cancel) as call:
+                # gRPC drops the generator of a broken call without saying when.
+                context.add_callback(call.close)
+                _insist(self._backend.authorize(node_id))
+                yield node_id
             return
         except grpc.RpcError:
             raise  # the call is over: there is nobody left to tell
@@ -331,7 +376,17 @@ def peer_node_id(context: grpc.ServicerContext) -> str:
         raise RefusedError(
             "The certificate of this connection names no node: enrol first.", code="no-identity"
         )
+    # TLS asks when a connection begins, and one may last longer than its certificate.
+    if any(_expires(bytes(pem)) < time.time() for pem in auth.get("x509_pem_cert", ())):
+        raise RefusedError(
+            "This node's certificate has ended: it has to be renewed.", code=CERTIFICATE_EXPIRED
+        )
     return name
+
+
+@lru_cache(maxsize=4096)
+def _expires(pem: bytes) -> float:
+    return load_certificate(pem).not_valid_after_utc.timestamp()
 
 
 def _peer_name(context: grpc.ServicerContext) -> str:
@@ -339,6 +394,45 @@ def _peer_name(context: grpc.ServicerContext) -> str:
         return peer_node_id(context)
     except RefusedError:
         return ""
+
+
+TlsFiles = tuple[bytes, bytes, bytes]
+"""PEMs: the server's key, its certificate, and the CAs that clients' certificates may come from."""
+
+
+class TransferServer:
+    """A running data plane.
+
+    Attributes:
+        port: that it listens on.
+    """
+
+    def __init__(
+        self, server: grpc.Server, port: int, servicer: TransferServicer, guard: PortGuard | None
+    ) -> None:
+        self.port = port
+        self._server = server
+        self._servicer = servicer
+        self._guard = guard
+        self._stop = threading.Event()
+        self._watch = threading.Thread(target=self._run, name="transfer-watch", daemon=True)
+        self._watch.start()
+        if guard is not None:
+            guard.start()
+
+    def stop(self, grace_seconds: float | None) -> threading.Event:
+        """Take no new calls, and end those that are open after the grace."""
+        self._stop.set()
+        if self._guard is not None:
+            self._guard.stop()
+        return self._server.stop(grace_seconds)
+
+    def _run(self) -> None:
+        while not self._stop.wait(WATCH_SECONDS):
+            try:
+                self._servicer.cut_banned()
+            except Exception:  # the ledger may be busy for a moment: the next look is soon
+                log.exception("the list of the banned could not be read")
 
 
 def serve(
@@ -349,12 +443,21 @@ def serve(
     client_ca_pem: bytes,
     max_workers: int = 64,
     first_word_seconds: float = FIRST_WORD_SECONDS,
-) -> grpc.Server:
+    *,
+    reload: Callable[[], TlsFiles | None] | None = None,
+    max_connections: int = 2048,
+    max_connections_per_address: int | None = None,
+) -> TransferServer:
     """Start serving on ``address`` (``host:port``); stop it with ``.stop(grace_seconds)``.
 
     A quarter of the worker threads is kept for short calls, whatever the transfers do. Clients
     must show a certificate that ``client_ca_pem`` signed. A call that says nothing for
     ``first_word_seconds`` is ended.
+
+    Args:
+        reload: asked at every handshake for other TLS files; None means the same as before.
+        max_connections: of everybody together.
+        max_connections_per_address: of one address (IPv6: of one /64); None for no cap.
 
     Raises:
         StateError: the address is in use, or key and certificate are unusable.
@@ -366,18 +469,27 @@ def serve(
     )
     server = grpc.server(
         futures.ThreadPoolExecutor(max_workers, thread_name_prefix="transfer"),
-        options=OPTIONS,
+        options=(*OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections)),
         maximum_concurrent_rpcs=4 * max_workers,
         interceptors=[FirstWord(silent, _peer_name)],
     )
     add_TransferServicer_to_server(servicer, server)
-    credentials = grpc.ssl_server_credentials(
-        [(server_key_pem, server_cert_pem)],
-        root_certificates=client_ca_pem,
-        require_client_auth=True,
+
+    def configuration(files: TlsFiles) -> Any:
+        key, certificate, authorities = files
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], authorities)
+
+    def fetch() -> Any:
+        files = reload() if reload is not None else None
+        return None if files is None else configuration(files)
+
+    credentials = grpc.dynamic_ssl_server_credentials(
+        configuration((server_key_pem, server_cert_pem, client_ca_pem)),
+        fetch,
+        require_client_authentication=True,
     )
     try:
-        server.add_secure_port(address, credentials)
+        port = server.add_secure_port(address, credentials)
     except RuntimeError as err:
         raise StateError(
             f"The data plane cannot listen on {address}: stop what uses that address or choose "
@@ -385,7 +497,10 @@ def serve(
             code="address-in-use",
         ) from err
     server.start()
-    return server
+    guard = None
+    if max_connections_per_address is not None:
+        guard = PortGuard(port, max_connections_per_address)
+    return TransferServer(server, port, servicer, guard)
 
 
 def _read(found: Slice, offset: int) -> Iterator[bytes]:

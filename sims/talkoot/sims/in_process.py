@@ -39,10 +39,10 @@ from talkoot.server.gateway_server import GatewayServer, GatewaySettings
 from talkoot.server.ledger.schema import ContributionRecord, Node, NodeState
 from talkoot.server.registry import Registry
 from talkoot.server.setup import init, issue_server_certificate, with_free_ports
-from talkoot.server.transfer import serve
+from talkoot.server.transfer import TransferServer, serve
 
 if TYPE_CHECKING:
-    import grpc
+    pass
 
 GIB = 2**30
 STEPS = 1000
@@ -162,7 +162,7 @@ class InProcessCoordinator:
         self.conductor = Conductor(
             self.coordinator, self.registry, MemoryControl(self.register), sleep=lambda _: None
         )
-        self._server: grpc.Server | None = None
+        self._server: TransferServer | None = None
         self._gateway: GatewayServer | None = None
 
     def start(self) -> None:
@@ -172,7 +172,12 @@ class InProcessCoordinator:
         self._gateway = GatewayServer(
             self.desk,
             GatewaySettings(
-                "127.0.0.1", network.gateway_port, certificate, key, network.superlink_port
+                "127.0.0.1",
+                network.gateway_port,
+                certificate,
+                key,
+                network.superlink_port,
+                self.coordinator.state.loopback_ca,
             ),
         )
         self._gateway.start()
@@ -226,7 +231,9 @@ class InProcessCoordinator:
             host="127.0.0.1",
             gateway_port=network.gateway_port,
             transfer_port=network.transfer_port,
-            ca_pem=reply.ca_pem,
+            run_id=reply.run_id,
+            trust_serial=1,
+            ca_pem=self.coordinator.ca_pem.decode("ascii"),
             certificate_pem=reply.certificate_pem,
             coordinator_key_pem=reply.coordinator_key_pem,
         )
@@ -285,6 +292,8 @@ class InProcessCoordinator:
 
     def sign(self, message: RoundTask | VersionRef) -> Signed:
         """As the coordinator signs."""
+        if isinstance(message, VersionRef):
+            return self.registry.statements.version(message, time.time())
         return self.coordinator.key.sign(type(message).__name__, canonical_bytes(message))
 
     def contributions(self, node_id: str) -> list[str]:

@@ -84,6 +84,11 @@ class TransferStub:
                 request_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
                 response_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/talkoot.transfer.v1.Transfer/Renew',
+                request_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
+                response_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
+                _registered_method=True)
         self.GetMirrors = channel.unary_unary(
                 '/talkoot.transfer.v1.Transfer/GetMirrors',
                 request_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
@@ -167,6 +172,13 @@ class TransferServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """Signed(RenewRequest) -> RenewReply
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetMirrors(self, request, context):
         """empty -> Signed(MirrorList)
         """
@@ -224,6 +236,11 @@ def add_TransferServicer_to_server(servicer, server):
             ),
             'GetTask': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTask,
+                    request_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
+                    response_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
                     request_deserializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
                     response_serializer=talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
             ),
@@ -501,6 +518,33 @@ class Transfer:
             request,
             target,
             '/talkoot.transfer.v1.Transfer/GetTask',
+            talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
+            talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/talkoot.transfer.v1.Transfer/Renew',
             talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.SerializeToString,
             talkoot_dot_protocol_dot_wire_dot_transfer__pb2.Envelope.FromString,
             options,

@@ -279,6 +279,7 @@ class Lab:
         return {
             node: RoundTask(
                 run_id=lease.run_id,
+                generation=0,
                 round=number,
                 lease=lease,
                 base=VersionRef(
@@ -293,6 +294,7 @@ class Lab:
                 tokens_round=sum(lease.tokens for lease in leases.values()),
                 issued_unix=0.0,
                 deadline_unix=0.0,
+                expires_unix=0.0,
                 poll_seconds=0.0,
             )
             for node, lease in sorted(leases.items())
