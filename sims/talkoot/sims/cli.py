@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from talkoot.protocol.console import run
+from talkoot.sims.cli_scenario import scenarios
 
 app = typer.Typer(
     name="talkoot-sim",
@@ -199,6 +200,9 @@ def attacks(
     )
     plot(data, out / "attacks.png")
     typer.echo(json.dumps(data, indent=1) if as_json else table(data))
+
+
+app.command()(scenarios)
 
 
 def main() -> None:
