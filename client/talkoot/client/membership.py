@@ -21,7 +21,7 @@ from talkoot.client.enrol import (
     unverified_client,
 )
 from talkoot.client.home import Home
-from talkoot.client.transfer import TransferClient
+from talkoot.client.plane import DataPlane
 from talkoot.protocol.errors import IntegrityError
 from talkoot.protocol.files import write_atomic
 from talkoot.protocol.identity import (
@@ -64,9 +64,7 @@ class Membership:
         transfer: is given every new certificate.
     """
 
-    def __init__(
-        self, home: Home, key: NodeKey, enrolment: Enrolment, transfer: TransferClient
-    ) -> None:
+    def __init__(self, home: Home, key: NodeKey, enrolment: Enrolment, transfer: DataPlane) -> None:
         self.enrolment = enrolment
         self.newest_serial = 0
         """Of the TrustBundle that the coordinator's head speaks of."""

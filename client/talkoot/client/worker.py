@@ -21,6 +21,7 @@ from talkoot.client.fresh import Seen, see_head, see_task, see_version
 from talkoot.client.home import Counters, Home
 from talkoot.client.membership import Membership
 from talkoot.client.pace import Meter, TransferOptions
+from talkoot.client.plane import DataPlane, Trains
 from talkoot.client.trainer_host import TrainerHost
 from talkoot.client.transfer import TransferClient
 from talkoot.protocol import faults
@@ -79,10 +80,18 @@ class Worker:
         home: its directory.
         trainer: the child that owns the device; the caller closes it.
         say: tells the volunteer one line.
+        plane: makes the way to the coordinator, over gRPC if not given.
+        clock: Unix seconds.
     """
 
     def __init__(
-        self, home: Home, trainer: TrainerHost, say: Callable[[str], None] = log.info
+        self,
+        home: Home,
+        trainer: Trains,
+        say: Callable[[str], None] = log.info,
+        *,
+        plane: Callable[[Enrolment, NodeKey, Meter], DataPlane] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.home = home
         self.trainer = trainer
@@ -92,23 +101,14 @@ class Worker:
         self._settings = home.settings()
         self.counters: Counters = home.counters()
         self.meter = Meter(self.counters.bytes_up, self.counters.bytes_down)
-        host = f"[{enrolment.host}]" if ":" in enrolment.host else enrolment.host
-        self.transfer = TransferClient(
-            f"{host}:{enrolment.transfer_port}",
-            enrolment.ca_pem.encode("ascii"),
-            enrolment.certificate_pem.encode("ascii"),
-            self.key.private_pem(),
-            meter=self.meter,
-            options=TransferOptions(
-                max_rate_up=self._settings.max_rate_up, max_rate_down=self._settings.max_rate_down
-            ),
-        )
+        self._clock = clock
+        self.transfer: DataPlane = (plane or self._over_grpc)(enrolment, self.key, self.meter)
         self._coordinator_key = load_public_key(enrolment.coordinator_key_pem.encode("ascii"))
         self._store = ArtifactStore(home.store)
         self._spec: RunSpec | None = None
         self._corpus: CorpusManifest | None = None
         self._index = b""
-        self._started_unix = time.time()
+        self._started_unix = clock()
         self._mirrors_until = 0.0  # monotonic seconds
         self._stop = threading.Event()
         self._closed_leases: set[str] = set()
@@ -125,6 +125,19 @@ class Worker:
         self.loss: float | None = None
         self.tokens_per_second = 0.0
         self.reply: NodeReportReply | None = None
+
+    def _over_grpc(self, enrolment: Enrolment, key: NodeKey, meter: Meter) -> DataPlane:
+        host = f"[{enrolment.host}]" if ":" in enrolment.host else enrolment.host
+        return TransferClient(
+            f"{host}:{enrolment.transfer_port}",
+            enrolment.ca_pem.encode("ascii"),
+            enrolment.certificate_pem.encode("ascii"),
+            key.private_pem(),
+            meter=meter,
+            options=TransferOptions(
+                max_rate_up=self._settings.max_rate_up, max_rate_down=self._settings.max_rate_down
+            ),
+        )
 
     @property
     def enrolment(self) -> Enrolment:
@@ -311,7 +324,7 @@ class Worker:
                 code="settled",
                 sentence="That lease was answered before.",
             )
-        self._see(lambda seen: see_task(seen, task, self.spec.run_id, time.time()))
+        self._see(lambda seen: see_task(seen, task, self.spec.run_id, self._clock()))
         self._settle_earlier(lease.lease_id)
         self.lease_id = lease.lease_id
         try:
@@ -402,7 +415,7 @@ class Worker:
         known = self.counters
         if statement.generation == known.generation and ref.version < known.newest_version:
             return  # an old statement that somebody sends again; a replica never goes back
-        self._see(lambda seen: see_version(seen, statement, self.spec.run_id, time.time()))
+        self._see(lambda seen: see_version(seen, statement, self.spec.run_id, self._clock()))
         self.state = "syncing"
         try:
             self._sync(ref)
@@ -559,7 +572,7 @@ class Worker:
         )
         self.membership.hears()
         head = verify(reply.head, "Head", self._coordinator_key, Head)
-        self._see(lambda seen: see_head(seen, head, self.enrolment.run_id, time.time()))
+        self._see(lambda seen: see_head(seen, head, self.enrolment.run_id, self._clock()))
         self.membership.newest_serial = head.trust_serial
         if lease_id is not None and not reply.lease_open:
             self._closed_leases.add(lease_id)

@@ -1,8 +1,9 @@
 """The ServerApp that Flower runs: the round loop, in the process that Flower starts for it.
 
-The SuperLink's bundle names ``talkoot.server.app:app`` and carries no code. Where the operator's
-state is comes by environment (:data:`STATE_VARIABLE`), since a run's configuration is sent to every
-node.
+The SuperLink's bundle names ``talkoot.server.app:app`` and carries no code. What the app stands on
+(state, clock, the way to the nodes) it gets from its surroundings: the operator's
+(:func:`operators`), or what a simulation put in their place (:func:`set_surroundings`) before it
+gave the same object to Flower's simulation engine.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import importlib
 import logging
 import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -20,7 +24,14 @@ from flwr.serverapp import Grid, ServerApp
 from talkoot.protocol.errors import ConfigError
 from talkoot.protocol.files import DirectoryLock
 
+if TYPE_CHECKING:
+    from talkoot.server.conductor import Conductor
+
 STATE_VARIABLE = "TALKOOT_STATE"
+"""Where the operator's state is: by environment, since a run's configuration goes to every node."""
+
+Surroundings = Callable[[Grid], AbstractContextManager["Conductor"]]
+"""A round loop over Flower's grid, with all that it stands on open."""
 
 app = ServerApp()
 
@@ -28,6 +39,17 @@ app = ServerApp()
 @app.main()  # type: ignore[untyped-decorator]  # flwr is not typed for us
 def main(grid: Grid, _context: Context) -> None:
     """Run rounds until the run is finished."""
+    with (_surroundings or operators)(grid) as conductor:
+        try:
+            conductor.run()
+        except Exception:
+            logging.getLogger(__name__).exception("the round loop failed")
+            raise
+
+
+@contextlib.contextmanager
+def operators(grid: Grid) -> Iterator[Conductor]:
+    """The operator's state directory, the machine's clock, and Flower's grid as it is."""
     from talkoot.server.conductor import Conductor
     from talkoot.server.coordinator import Coordinator
     from talkoot.server.flower import ControlApi, GridControl
@@ -50,10 +72,16 @@ def main(grid: Grid, _context: Context) -> None:
     warm = threading.Thread(target=importlib.import_module, args=("talkoot.server.aggregate",))
     warm.start()  # the first round is at work meanwhile
     try:
-        Conductor(coordinator, Registry(coordinator, control), GridControl(grid)).run()
-    except Exception:
-        logging.getLogger(__name__).exception("the round loop failed")
-        raise
+        yield Conductor(coordinator, Registry(coordinator, control), GridControl(grid))
     finally:
         lock.release()
         coordinator.close()
+
+
+_surroundings: Surroundings | None = None
+
+
+def set_surroundings(surroundings: Surroundings | None) -> None:
+    """Let a simulation in this process say what the app stands on; None: the operator's again."""
+    global _surroundings
+    _surroundings = surroundings

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,12 +47,13 @@ class Desk:
     """Serves ``gateway.Backend`` and ``transfer.Backend`` over one open coordinator.
 
     Called from many threads; what it shares between calls is the ledger and the store, which bear
-    that.
+    that. It tells the registry's time.
     """
 
     def __init__(self, coordinator: Coordinator, registry: Registry) -> None:
         self._c = coordinator
         self._registry = registry
+        self._clock = registry.clock
         self._book = Book(coordinator)
         self._belief = Belief(coordinator)
         self._uploads = coordinator.state.incoming / "whole"
@@ -86,7 +86,7 @@ class Desk:
 
     def renew(self, signed: Signed, peer_node_id: str | None) -> RenewReply:
         """A new certificate for a node."""
-        return self._registry.renew(signed, peer_node_id=peer_node_id, now=time.time())
+        return self._registry.renew(signed, peer_node_id=peer_node_id, now=self._clock())
 
     def is_banned(self, public_key: bytes) -> str | None:
         """Why the owner of a public key (PEM) is shut out."""
@@ -117,7 +117,7 @@ class Desk:
     def mirrors(self, node_id: str) -> Signed:
         """Where else artifacts are, signed."""
         told = MirrorList(
-            run_id=self._c.run_id, urls=self._c.config.mirrors.urls, issued_unix=time.time()
+            run_id=self._c.run_id, urls=self._c.config.mirrors.urls, issued_unix=self._clock()
         )
         return self._c.key.sign("MirrorList", canonical_bytes(told))
 
@@ -182,7 +182,7 @@ class Desk:
                 return Verdict(accepted=False, code=err.code, sentence=err.sentence)
         if verdict.accepted or verdict.code == "committed":
             norm = found.l2_norm if found is not None else 0.0
-            verdict = self._book.accept(claim, signed, l2_norm=norm, now=time.time(), found=found)
+            verdict = self._book.accept(claim, signed, l2_norm=norm, now=self._clock(), found=found)
             faults.place("accept.after-commit")
         self._drop_upload(claim)
         return verdict
@@ -193,7 +193,13 @@ class Desk:
             said = f"A payload of node {claim.node_id} was refused: {err.sentence}"
             note(session, "refused", said)
             self._belief.hold_against(
-                session, node, err.code, err.sentence, claim.round, claim.lease_id, now=time.time()
+                session,
+                node,
+                err.code,
+                err.sentence,
+                claim.round,
+                claim.lease_id,
+                now=self._clock(),
             )
 
     def _keep_payload(self, claim: Contribution) -> Examination:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -107,6 +107,8 @@ class Registry:
 
     coordinator: Coordinator
     control: Register
+    clock: Callable[[], float] = time.time
+    """Unix seconds."""
 
     @cached_property
     def statements(self) -> Statements:
@@ -118,7 +120,7 @@ class Registry:
     def invite(self, *, uses: int, expires_seconds: float, role: Role = "volunteer") -> Invite:
         """A new invite; only a hash of its token is kept. ``role`` is that of who comes with it."""
         token = secrets.token_urlsafe(24)
-        now = time.time()
+        now = self.clock()
         with self.coordinator.ledger.write() as session:
             session.add(
                 InviteRecord(
@@ -158,7 +160,7 @@ class Registry:
 
         # Flower first: a node in the ledger is always one that the SuperLink knows.
         flower_node_id = self._register(pem, request.name)
-        now = time.time()
+        now = self.clock()
         with self.coordinator.ledger.write() as session:
             way = self._way_in(session, request.token, node_id)
             node = session.get(Node, node_id)
@@ -232,7 +234,7 @@ class Registry:
             raise RefusedError(
                 "The invite was revoked: ask the operator for a new one.", code="invite-revoked"
             )
-        if invite.expires_unix <= time.time():
+        if invite.expires_unix <= self.clock():
             raise RefusedError(
                 "The invite has expired: ask the operator for a new one.", code="invite-expired"
             )
@@ -351,7 +353,7 @@ class Registry:
                     accepted=verdict.accepted,
                     code=verdict.code,
                     sentence=verdict.sentence,
-                    unix=time.time(),
+                    unix=self.clock(),
                 )
             )
             node.nonce = None
@@ -513,7 +515,7 @@ class Registry:
 
     def report(self, node_id: str, report: NodeReport) -> NodeReportReply:
         """Note what a node does, and tell it what it should know."""
-        now = time.time()
+        now = self.clock()
         body = canonical_bytes(report).decode("ascii")
         poll = self.poll_seconds()
         with self.coordinator.ledger.write() as session:

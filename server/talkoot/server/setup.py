@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,20 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def init(root: Path, config: Config, *, say: Say) -> str:
+@dataclass(frozen=True)
+class Identity:
+    """Who a run is: its coordinator's key and its name. A simulation's come from its seed."""
+
+    key: NodeKey
+    run_id: str
+
+    @classmethod
+    def fresh(cls, name: str) -> Identity:
+        """From the operating system's randomness."""
+        return cls(NodeKey.generate(), f"{name[:50]}-{secrets.token_hex(4)}")
+
+
+def init(root: Path, config: Config, *, say: Say, identity: Identity | None = None) -> str:
     """Make a state directory for a new run; returns the run id.
 
     Interrupted half-way it leaves a directory that ``serve`` and ``init`` refuse with a sentence.
@@ -42,7 +56,7 @@ def init(root: Path, config: Config, *, say: Say) -> str:
     state.create()
     with DirectoryLock(state.root, who="coordinator"):  # outside: another init's work is not ours
         try:
-            run_id = _fill(state, config, say)
+            run_id = _fill(state, config, say, identity or Identity.fresh(config.run.name))
             state.finish(run_id)
         except TalkootError:
             shutil.rmtree(state.root, ignore_errors=True)
@@ -53,7 +67,7 @@ def init(root: Path, config: Config, *, say: Say) -> str:
     return run_id
 
 
-def _fill(state: StateDir, config: Config, say: Say) -> str:
+def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
     from talkoot.protocol.manifest import manifest_of
     from talkoot.protocol.model import config_bytes, named_trainable
     from talkoot.protocol.tokenizer import load_tokenizer
@@ -64,7 +78,7 @@ def _fill(state: StateDir, config: Config, say: Say) -> str:
     say("Keys and certificate authority …")
     CertificateAuthority.create(state.ca)
     issue_loopback_certificate(state)
-    key = NodeKey.generate()
+    key, run_id = identity.key, identity.run_id
     key.save(state.coordinator_key)
 
     if config.tokenizer.path is not None:
@@ -98,7 +112,6 @@ def _fill(state: StateDir, config: Config, say: Say) -> str:
     digest = initial_state(manifest, lambda name: named[name].detach(), first.path)
     checkpoint = link_checkpoint(store, first)
 
-    run_id = f"{config.run.name[:50]}-{secrets.token_hex(4)}"
     spec = RunSpec(
         run_id=run_id,
         model=store.put_bytes(config_bytes(model_config)),
