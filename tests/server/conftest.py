@@ -8,11 +8,11 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
 from tests.data_plane import Network, Shelf
 
 from talkoot.protocol.artifacts import ArtifactStore
@@ -33,14 +33,17 @@ from talkoot.protocol.messages import (
     parse,
 )
 from talkoot.protocol.payload import write_payload
+from talkoot.server.backup.rows import copy_rows
 from talkoot.server.book import Book
+from talkoot.server.conductor import Conductor
 from talkoot.server.config import Config, LedgerSection, dump_config, load_config, parse_config
 from talkoot.server.coordinator import Coordinator
 from talkoot.server.desk import Desk
 from talkoot.server.ledger import Ledger
-from talkoot.server.ledger.schema import Base, LeaseRecord, Node, ProofRecord
+from talkoot.server.ledger.schema import LeaseRecord, Node, ProofRecord
 from talkoot.server.registry import Registry
 from talkoot.server.setup import init
+from talkoot.sims.in_process import MemoryControl, MemoryRegister
 from talkoot.sims.postgres import FAST, PostgresCluster, why_not
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -314,23 +317,12 @@ def ledger_kind() -> str:
 def postgres_template(state_template: Path, postgres: PostgresCluster) -> str:
     """The template's ledger on PostgreSQL: the name of its database."""
     name = "template_site"
-    ledger = Ledger(postgres.create(name))
-    ledger.migrate()
-    source = Ledger(Ledger.url_at(state_template))
-    with source.read() as read, ledger.write() as write:
-        for table in Base.metadata.sorted_tables:
-            rows = [dict(row) for row in read.execute(table.select()).mappings()]
-            if rows:
-                write.execute(table.insert(), rows)
-            for column in table.primary_key.columns:
-                if rows and column.autoincrement is True:  # or the next row takes a taken number
-                    number = max(row[column.name] for row in rows)
-                    write.execute(
-                        text("SELECT setval(pg_get_serial_sequence(:t, :c), :n)"),
-                        {"t": table.name, "c": column.name, "n": number},
-                    )
-    source.close()
-    ledger.close()
+    with (
+        closing(Ledger(postgres.create(name))) as ledger,
+        closing(Ledger(Ledger.url_at(state_template))) as source,
+    ):
+        ledger.migrate()
+        copy_rows(source, ledger)
     return name
 
 
@@ -366,6 +358,44 @@ def make_site(
 def site(make_site: Callable[[], Site]) -> Site:
     """One coordinator without nodes."""
     return make_site()
+
+
+_PLAYED: list[Path] = []
+
+
+@pytest.fixture
+def played(
+    make_site: Callable[[], Site], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> Path:
+    """A copy of a state with two published rounds, and a third half-way through.
+
+    It was played once, by two nodes; in the third round one contributed and one lease is open.
+    """
+    if not _PLAYED:
+        root = _play(make_site())
+        _PLAYED.append(shutil.copytree(root, tmp_path_factory.mktemp("played") / "state"))
+    copy: Path = shutil.copytree(_PLAYED[0], tmp_path / "state")
+    return copy
+
+
+def _play(site: Site) -> Path:
+    nodes = [site.add_node(name) for name in ("anna", "bo")]
+    register = MemoryRegister(nodes=site.flower.nodes)
+    loop = Conductor(site.coordinator, site.registry, MemoryControl(register), sleep=lambda _: None)
+
+    def work(node_id: str, seed: int) -> None:
+        task = site.task(node_id)
+        ref = site.push(node_id, task.lease.lease_id, seed)
+        assert site.desk.submit(node_id, site.sign(site.claim(task, ref))).accepted
+
+    for number in (1, 2, 3):
+        while site.desk.task(nodes[0]) is None:
+            loop.step()
+        work(nodes[0], 10 * number)
+        if number < 3:
+            work(nodes[1], 10 * number + 1)
+    site.coordinator.close()
+    return Path(site.coordinator.state.root)
 
 
 @pytest.fixture

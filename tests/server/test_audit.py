@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,51 +14,11 @@ from typer.testing import CliRunner
 from talkoot.protocol.errors import StateError
 from talkoot.server import cli
 from talkoot.server.audit import Audit, Auditor
-from talkoot.server.conductor import Conductor
-from talkoot.sims.in_process import MemoryControl, MemoryRegister
 
 if TYPE_CHECKING:
     from .conftest import Site
 else:
     Site = Any
-
-
-_PLAYED: list[Path] = []
-
-
-@pytest.fixture
-def played(
-    make_site: Callable[[], Site], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> Path:
-    """A copy of a state with two published rounds, and a third half-way through.
-
-    It was played once, by two nodes; in the third round one contributed and one lease is open.
-    """
-    if not _PLAYED:
-        root = _play(make_site())
-        _PLAYED.append(shutil.copytree(root, tmp_path_factory.mktemp("played") / "state"))
-    copy: Path = shutil.copytree(_PLAYED[0], tmp_path / "state")
-    return copy
-
-
-def _play(site: Site) -> Path:
-    nodes = [site.add_node(name) for name in ("anna", "bo")]
-    register = MemoryRegister(nodes=site.flower.nodes)
-    loop = Conductor(site.coordinator, site.registry, MemoryControl(register), sleep=lambda _: None)
-
-    def work(node_id: str, seed: int) -> None:
-        task = site.task(node_id)
-        ref = site.push(node_id, task.lease.lease_id, seed)
-        assert site.desk.submit(node_id, site.sign(site.claim(task, ref))).accepted
-
-    for number in (1, 2, 3):
-        while site.desk.task(nodes[0]) is None:
-            loop.step()
-        work(nodes[0], 10 * number)
-        if number < 3:
-            work(nodes[1], 10 * number + 1)
-    site.coordinator.close()
-    return Path(site.coordinator.state.root)
 
 
 def sql(root: Path, *statements: str) -> None:

@@ -1,4 +1,4 @@
-"""What a node has seen of its run, and so what it refuses to be told (ADR 20).
+"""What a node has seen of its run, and so what it refuses to be told (ADR 21).
 
 The attacks are those of The Update Framework's list (theupdateframework.io, specification, section
 1.5.2): *rollback* (an older version or round than one seen), *freeze* (old statements shown for

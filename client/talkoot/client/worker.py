@@ -199,6 +199,8 @@ class Worker:
             if after.generation != before.generation:
                 # A restored coordinator may give out a lease of the same name once more.
                 changes["settled_lease"] = None
+                if before.generation >= 0:
+                    self._say("The coordinator was restored from a backup; going back with it.")
             self.save_counters(**changes)
 
     # Getting ready --------------------------------------------------------------------------------

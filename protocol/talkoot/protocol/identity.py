@@ -134,9 +134,14 @@ class NodeKey:
 
 
 def verify(
-    signed: Signed, kind: str, public_key: ec.EllipticCurvePublicKey, message_type: type[M]
+    signed: Signed,
+    kind: str,
+    public_key: ec.EllipticCurvePublicKey,
+    message_type: type[M],
+    *,
+    cap: int = limits.MAX_CONTROL_MESSAGE,
 ) -> M:
-    """Check a signed message and return it.
+    """Check a signed message of at most ``cap`` bytes and return it.
 
     Raises:
         IntegrityError: another kind, another signer, changed bytes, or bytes that are not the
@@ -157,7 +162,7 @@ def verify(
             code="bad-signature",
         ) from err
     try:
-        message = parse(message_type, body)
+        message = parse(message_type, body, cap=cap)
     except ProtocolError as err:
         raise IntegrityError(
             f"The signature of this {kind} holds, but its content is not valid: {err.sentence}",

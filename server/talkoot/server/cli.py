@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from talkoot.protocol.console import is_loopback, parse_duration, run
+from talkoot.server import cli_backup
 
 if TYPE_CHECKING:
     from talkoot.server.coordinator import Coordinator
@@ -30,6 +31,8 @@ app.add_typer(invites_app, name="invites")
 ca_app = typer.Typer(help="See and rotate the certificate authority.", no_args_is_help=True)
 app.add_typer(ca_app, name="ca")
 
+app.command()(cli_backup.backup)
+app.command()(cli_backup.restore)
 store_app = typer.Typer(help="The object store that artifacts are copied to.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 

@@ -124,7 +124,7 @@ class StateDir:
         if self.root.exists() and any(self.root.iterdir()):
             raise StateError(
                 f"{self.root} is not empty, and not a finished state directory (an earlier init "
-                "may have been interrupted): delete it or choose another directory.",
+                "or restore may have been interrupted): delete it or choose another directory.",
                 code="half-made",
             )
         try:
@@ -164,8 +164,8 @@ class StateDir:
                 raise ValueError("it is not a JSON object")
         except FileNotFoundError as err:
             raise StateError(
-                f"{self.root} is half made (an earlier init was interrupted): delete it and run "
-                "init again.",
+                f"{self.root} is half made (an earlier init or restore was interrupted): delete it "
+                "and do that again.",
                 code="half-made",
             ) from err
         except (OSError, ValueError) as err:

@@ -1,4 +1,4 @@
-"""What the coordinator says of the state of the run, signed and dated (ADR 20).
+"""What the coordinator says of the state of the run, signed and dated (ADR 21).
 
 A node believes nothing about versions, rounds and CAs but what these say, and only while it is
 fresh. Signing takes a millisecond, and every node asks every second or so: a head is signed once a
