@@ -36,6 +36,7 @@ def test_volunteers_follow_a_coordinator_that_was_restored_elsewhere_back_and_go
     shutil.rmtree(network.state)
     elsewhere = LocalNetwork(tmp_path / "another-machine", nodes=network.nodes)
     elsewhere.root.mkdir()
+    (elsewhere.root / "volunteers").symlink_to(network.root / "volunteers")
     restored = ("restore", str(vault), "--state", str(elsewhere.state), *sealed)
     network.run("talkoot-coordinator", *restored)
     assert Auditor(elsewhere.state).audit().findings == []
@@ -55,7 +56,7 @@ def test_volunteers_follow_a_coordinator_that_was_restored_elsewhere_back_and_go
             assert "Traceback" not in said
             assert "The coordinator was restored from a backup; going back with it." in said
             # What is on their disks is of the new history, which went another way than the old.
-            held = (probe.held_version(network, name), probe.replica_digest(network, name))
+            held = (probe.held_version(elsewhere, name), probe.replica_digest(elsewhere, name))
             assert held in probe.versions(elsewhere)
     finally:
         elsewhere.__exit__(None, None, None)
