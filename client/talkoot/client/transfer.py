@@ -27,7 +27,9 @@ from talkoot.client.pace import (
     wait,
 )
 from talkoot.protocol import limits
+from talkoot.protocol.ahead import read_ahead
 from talkoot.protocol.artifacts import ArtifactStore, sha256_file
+from talkoot.protocol.chunks import PUSH, as_it_is, push_chunk
 from talkoot.protocol.errors import (
     IntegrityError,
     ProtocolError,
@@ -53,7 +55,6 @@ from talkoot.protocol.pieces import Pieces
 from talkoot.protocol.refusals import from_status
 from talkoot.protocol.wire.transfer_pb2 import (
     Envelope,
-    FetchChunk,
     FetchRequest,
     PushChunk,
     PushState,
@@ -154,6 +155,9 @@ class TransferClient:
             for options in (MESSAGE_OPTIONS, OPTIONS)
         )
         self._stub, self._bulk = TransferStub(messages), TransferStub(bulk)
+        self._push: grpc.StreamUnaryMultiCallable[bytes, PushState] = bulk.stream_unary(
+            PUSH, request_serializer=as_it_is, response_deserializer=PushState.FromString
+        )
         self._channels += (messages, bulk)
         while len(self._channels) > 4:  # by the renewal after next it is long over
             self._channels.pop(0).close()
@@ -241,10 +245,11 @@ class TransferClient:
             raise Stopped from err
         with Watch(call.cancel, stop, self._options.stall_seconds) as watch:
             try:
-                for chunk in call:
-                    _check_chunk(chunk, ref)
-                    moved(ingest.append(ingest.offset(), chunk.data))
-                    self._account(watch, down=len(chunk.data))
+                for chunk in read_ahead(call):
+                    data = chunk.data  # each look at it is a copy
+                    _check_chunk(chunk.total_size, data, ref)
+                    moved(ingest.append(ingest.offset(), data))
+                    self._account(watch, down=len(data))
             except grpc.RpcError as err:
                 raise self._broken(err, watch) from err
             except IntegrityError as err:
@@ -282,14 +287,15 @@ class TransferClient:
             IntegrityError: ``path`` is not what ``ref`` says, or the bytes were damaged on the way.
             CapacityError: the coordinator's disk is full.
         """
-        _check_file(ref, path)
+        _check_size_of(path, ref)
         resumed = False
         stop = self._stop_signal(should_stop)
 
         def attempt(reached: Callable[[int], None]) -> None:
             nonlocal resumed
             request = PushStatusRequest(lease_id=lease_id, digest=ref.digest, size=ref.size_bytes)
-            state = self._call(self._stub.PushStatus, request, self._options.call_seconds)
+            # On the connection that the upload will take: its handshakes are paid for once.
+            state = self._call(self._bulk.PushStatus, request, self._options.call_seconds)
             if state.complete:
                 return
             if state.offset > ref.size_bytes:
@@ -300,7 +306,13 @@ class TransferClient:
             if not state.complete:
                 raise UnavailableError(f"{self._peer} ended a transfer early: try again.")
 
-        self._persist(attempt, lambda: resumed, stop)
+        try:
+            self._persist(attempt, lambda: resumed, stop)
+        except IntegrityError as err:
+            # The receiver hashes every upload; here it is hashed only to say whose fault it is.
+            if sha256_file(path) != (ref.digest, ref.size_bytes):
+                raise _wrong_file(path) from err
+            raise
 
     def _push_from(
         self,
@@ -338,7 +350,7 @@ class TransferClient:
             if on_progress is not None:
                 on_progress(now_at, ref.size_bytes)
 
-        def chunks() -> Iterator[PushChunk]:
+        def chunks() -> Iterator[bytes]:
             try:
                 yield from _chunks(offset, largest, lease_id, ref, path, sent)
             except Exception as err:
@@ -346,7 +358,7 @@ class TransferClient:
                 raise
 
         try:
-            call = self._bulk.Push.future(chunks())
+            call = self._push.future(chunks())
         except ValueError as err:  # gRPC's answer to a call on a closed channel
             raise Stopped from err
         running.append(call)
@@ -505,20 +517,12 @@ def _check_size(total_size: int, ref: ArtifactRef) -> None:
         )
 
 
-def _check_chunk(chunk: FetchChunk, ref: ArtifactRef) -> None:
-    _check_size(chunk.total_size, ref)
-    if len(chunk.data) > limits.TRANSFER_CHUNK:
+def _check_chunk(total_size: int, data: bytes, ref: ArtifactRef) -> None:
+    _check_size(total_size, ref)
+    if len(data) > limits.TRANSFER_CHUNK:
         raise ProtocolError(
-            f"A chunk of {len(chunk.data)} bytes is over the cap of {limits.TRANSFER_CHUNK}.",
+            f"A chunk of {len(data)} bytes is over the cap of {limits.TRANSFER_CHUNK}.",
             code="too-large",
-        )
-
-
-def _check_file(ref: ArtifactRef, path: Path) -> None:
-    if sha256_file(path) != (ref.digest, ref.size_bytes):
-        raise IntegrityError(
-            f"{path} is not the artifact that it should be: it was changed or damaged after it "
-            "was made; make it again."
         )
 
 
@@ -529,23 +533,38 @@ def _chunks(
     ref: ArtifactRef,
     path: Path,
     sent: Callable[[int, int], None],
-) -> Iterator[PushChunk]:
+) -> Iterator[bytes]:
     """The file from ``offset`` on; the first chunk names it. ``sent(bytes, offset after them)``."""
     pace = ChunkPace(time.monotonic(), largest)
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         file.seek(offset)
         yield PushChunk(
             lease_id=lease_id, digest=ref.digest, size=ref.size_bytes, offset=offset, data=b""
-        )
+        ).SerializeToString()
         while offset < ref.size_bytes:
             size = pace.size(time.monotonic())
             data = file.read(min(size, ref.size_bytes - offset))
             if not data:
                 return
-            yield PushChunk(offset=offset, data=data)
+            yield push_chunk(offset, data)
             offset += len(data)
             pace.took(len(data))
             sent(len(data), offset)
+
+
+def _check_size_of(path: Path, ref: ArtifactRef) -> None:
+    try:
+        if path.stat().st_size != ref.size_bytes:
+            raise _wrong_file(path)
+    except OSError as err:
+        raise explain_os_error(err, "reading an artifact", path) from err
+
+
+def _wrong_file(path: Path) -> IntegrityError:
+    return IntegrityError(
+        f"{path} is not the artifact that it should be: it was changed or damaged after it "
+        "was made; make it again."
+    )
 
 
 def _local(err: Exception, path: Path) -> TalkootError:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
+import grpc
+
+from talkoot.protocol.chunks import FETCH, as_it_is
 from talkoot.protocol.errors import UnavailableError
 
 MIN_PROGRESS: Final = 64 * 1024
@@ -148,3 +151,16 @@ class StreamTable:
                 lambda: not any(stream in self._open for stream in ending),
                 timeout=self._patience_seconds,
             )
+
+
+class FetchAsBytes(grpc.ServerInterceptor):
+    """Lets ``Fetch`` give serialized chunks (``protocol/chunks.py``)."""
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """The method's handler; that of ``Fetch`` serializes nothing."""
+        handler = continuation(details)
+        if handler is None or details.method != FETCH:
+            return handler
+        return grpc.unary_stream_rpc_method_handler(
+            handler.unary_stream, handler.request_deserializer, as_it_is
+        )

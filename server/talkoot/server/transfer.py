@@ -22,7 +22,9 @@ from typing import Any, Final, NamedTuple, Protocol, cast
 import grpc
 
 from talkoot.protocol import faults, limits
+from talkoot.protocol.ahead import read_ahead
 from talkoot.protocol.artifacts import Slice, Source
+from talkoot.protocol.chunks import fetch_chunk
 from talkoot.protocol.errors import ProtocolError, RefusedError, StateError, UnavailableError
 from talkoot.protocol.flow import ChunkPace
 from talkoot.protocol.identity import load_certificate
@@ -41,7 +43,6 @@ from talkoot.protocol.pieces import Pieces
 from talkoot.protocol.refusals import CERTIFICATE_EXPIRED, to_status
 from talkoot.protocol.wire.transfer_pb2 import (
     Envelope,
-    FetchChunk,
     FetchRequest,
     PieceList,
     PushChunk,
@@ -57,7 +58,7 @@ from talkoot.protocol.wire.transfer_pb2_grpc import (
 from talkoot.server.calls import Calls
 from talkoot.server.door import PortGuard
 from talkoot.server.first_word import FirstWord, SilentCalls
-from talkoot.server.streams import StreamTable
+from talkoot.server.streams import FetchAsBytes, StreamTable
 
 log = logging.getLogger(__name__)
 
@@ -210,10 +211,10 @@ class TransferServicer(WireServicer):
 
     # Bulk ----------------------------------------------------------------------
 
-    def Fetch(  # noqa: N802 - the name in the schema
+    def Fetch(  # type: ignore[override]  # noqa: N802 - serialized already (FetchAsBytes)
         self, request: FetchRequest, context: grpc.ServicerContext
-    ) -> Iterator[FetchChunk]:
-        """Stream an artifact from an offset to its end."""
+    ) -> Iterator[bytes]:
+        """Stream an artifact from an offset to its end, as serialized ``FetchChunk``."""
         with self._answering(context, "Fetch") as node_id:
             found = self._backend.source().lookup(check_digest(request.digest))
             if found is None:
@@ -228,7 +229,7 @@ class TransferServicer(WireServicer):
             context.add_callback(stream.release)
             with stream:
                 for data in _read(found, request.offset):
-                    yield FetchChunk(data=data, total_size=found.length)
+                    yield fetch_chunk(data, found.length)
                     stream.touch(len(data))
 
     def Pieces(  # noqa: N802
@@ -270,11 +271,12 @@ class TransferServicer(WireServicer):
                 incoming = self._backend.incoming_root()
                 trim_parts(incoming, node_id, MAX_PARTS_PER_NODE - 1, spare=claim.digest)
                 with Ingest(incoming, node_id, claim.digest, claim.size) as ingest:
-                    for chunk in chain([first], request_iterator):
-                        _check_chunk(chunk, claim)
-                        ingest.append(chunk.offset, chunk.data)
+                    for chunk in chain([first], read_ahead(request_iterator)):
+                        data = chunk.data  # each look at it is a copy
+                        _check_chunk(chunk, data, claim)
+                        ingest.append(chunk.offset, data)
                         faults.place("push.mid")
-                        stream.touch(len(chunk.data))
+                        stream.touch(len(data))
                     if ingest.offset() < claim.size:
                         return PushState(offset=ingest.offset())
                     path = ingest.finish()
@@ -471,7 +473,7 @@ def serve(
         futures.ThreadPoolExecutor(max_workers, thread_name_prefix="transfer"),
         options=(*OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections)),
         maximum_concurrent_rpcs=4 * max_workers,
-        interceptors=[FirstWord(silent, _peer_name)],
+        interceptors=[FirstWord(silent, _peer_name), FetchAsBytes()],
     )
     add_TransferServicer_to_server(servicer, server)
 
@@ -506,7 +508,7 @@ def serve(
 def _read(found: Slice, offset: int) -> Iterator[bytes]:
     """The artifact from ``offset`` on, in chunks; one empty chunk if there is nothing left."""
     try:
-        file = found.path.open("rb")
+        file = found.path.open("rb", buffering=0)
     except FileNotFoundError as err:
         raise _unknown() from err
     with file:
@@ -530,10 +532,10 @@ def _claim(request: PushStatusRequest | PushChunk) -> _Claim:
     return _Claim(request.lease_id, check_digest(request.digest), check_size(request.size))
 
 
-def _check_chunk(chunk: PushChunk, claim: _Claim) -> None:
-    if len(chunk.data) > limits.TRANSFER_CHUNK:
+def _check_chunk(chunk: PushChunk, data: bytes, claim: _Claim) -> None:
+    if len(data) > limits.TRANSFER_CHUNK:
         raise ProtocolError(
-            f"A chunk of {len(chunk.data)} bytes is over the cap of {limits.TRANSFER_CHUNK}.",
+            f"A chunk of {len(data)} bytes is over the cap of {limits.TRANSFER_CHUNK}.",
             code="too-large",
         )
     repeated = (
