@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from talkoot.protocol.console import run
+from talkoot.sims.cli_plan import plan
 from talkoot.sims.cli_scenario import scenarios
 
 app = typer.Typer(
@@ -203,6 +204,7 @@ def attacks(
 
 
 app.command()(scenarios)
+app.command()(plan)
 
 
 def main() -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -176,6 +178,8 @@ class CoordinatorPart(_Part):
     """Web servers that hold artifacts; nodes ask them first."""
     mirror_up_mbit: Positive = 1000.0
     """Egress of each."""
+    cores: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Of its machine: contributions are verified and decoded on all of them."""
     aggregate_seconds_per_contribution: NotNegative | None = None
     """None: by the model's size."""
     publish_seconds: NotNegative | None = None
@@ -208,7 +212,7 @@ class Event(_Part):
     """Something that happens: ``[[events]]``, at a round's opening or at a time."""
 
     round: Annotated[int, Field(ge=1)] | None = None
-    """When this round opens; or ``day``."""
+    """A second after this round opens, when leases are out; or ``day``."""
     day: NotNegative | None = None
     """Days after the beginning; or ``round``."""
     leave: Share | None = None
@@ -326,6 +330,17 @@ class Scenario(_Part):
             raise LocatedError("population", f"more than {MAX_NODES} nodes")
         self.config()
         return self
+
+    @classmethod
+    def load(cls, name: str | Path, overrides: Mapping[str, object] | None = None) -> Scenario:
+        """A scenario by path or library name; ``overrides`` such as ``{"seed": 1}``.
+
+        Raises:
+            ConfigError: it is not there, or one sentence about what is wrong, with key and line.
+        """
+        from talkoot.sims.scenario.load import load_scenario
+
+        return load_scenario(name, overrides)
 
     @property
     def nodes(self) -> int:
