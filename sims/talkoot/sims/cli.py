@@ -180,6 +180,7 @@ def attacks(
     work: Annotated[
         Path | None, typer.Option(help="The networks' files; /dev/shm/… saves the disk's time.")
     ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Again for more; 0.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print attacks.json at the end.")] = False,
 ) -> None:
     """Set liars of many kinds on the real coordinator, with its defences and without.
@@ -198,6 +199,7 @@ def attacks(
         (work or out / "work").absolute(),
         QUICK if quick else FULL,
         lambda line: typer.echo(line, err=True),
+        seeds=seed or [0],
     )
     plot(data, out / "attacks.png")
     typer.echo(json.dumps(data, indent=1) if as_json else table(data))
