@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from talkoot.protocol.files import write_atomic
 from talkoot.server.config import parse_config
-from talkoot.server.setup import init
+from talkoot.server.setup import Identity, init
 from talkoot.server.standing import false_quarantine
 from talkoot.sims.attacks.kinds import KINDS, Actor, liars, odd_ones
-from talkoot.sims.attacks.stage import Stage
+from talkoot.sims.attacks.stage import Stage, key_of
 
 HONEST_NODES: Final = 6
 LIARS: Final = 2
@@ -94,7 +94,8 @@ checkpoint_every = 100
 [network]
 bind = "127.0.0.1"
 """)
-    init(state, config, say=lambda _line: None)
+    identity = Identity(key_of(seed, "coordinator"), f"attacks-{seed}")  # leases follow from it
+    init(state, config, say=lambda _line: None, identity=identity)
     return state
 
 
