@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from talkoot.protocol.console import run
+from talkoot.sims.cli_compare import compare, published
 from talkoot.sims.cli_plan import plan
 from talkoot.sims.cli_scenario import scenarios
 
@@ -207,6 +208,8 @@ def attacks(
 
 app.command()(scenarios)
 app.command()(plan)
+app.command()(compare)
+app.command()(published)
 
 
 def main() -> None:
