@@ -236,12 +236,14 @@ class Worker:
         corpus_path = self._fetch_json(spec.corpus)
         corpus = parse(CorpusManifest, corpus_path.read_bytes(), cap=MAX_JSON_ARTIFACT)
         self._index = self._fetch(corpus.blocks_index).read_bytes()
+        base = str(self._fetch(spec.adapter.base)) if spec.adapter is not None else None
         self.trainer.call(
             "open",
             spec=spec.model_dump(mode="json"),
             model_config_path=str(model_config),
             manifest_path=str(manifest),
             corpus_path=str(corpus_path),
+            base_path=base,
         )
         self._corpus = corpus
         self._spec = spec
@@ -541,6 +543,7 @@ class Worker:
             spec.corpus.digest,
             self._corpus.blocks_index.digest,
             *(ref.digest for ref in task.base.updates[-1:]),
+            *((spec.adapter.base.digest,) if spec.adapter is not None else ()),
         }
         self._store.sweep(keep)
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from talkoot.protocol.errors import ConfigError
 from talkoot.protocol.limits import GIB, KIB, MIB
+from talkoot.protocol.messages import RunSpec
 
 RECIPE: Final = "fp32-adamw"
 
@@ -189,6 +190,20 @@ def predict(
             "disk_checkpoint": checkpoint,
             "disk_checkpoint_swap": checkpoint,
         },
+    )
+
+
+def with_base(plan: MemoryPlan, spec: RunSpec) -> MemoryPlan:
+    """What an adapter run needs beside its adapters: the frozen weights, in fp32 as ``lora-fp32``
+    has them, and their file. A run of the other kind needs nothing more."""
+    if spec.adapter is None:
+        return plan
+    frozen, file = FLOAT * spec.adapter.base_parameters, spec.adapter.base.size_bytes
+    return replace(
+        plan,
+        device_bytes=plan.device_bytes + frozen,
+        disk_bytes=plan.disk_bytes + file,
+        breakdown={**plan.breakdown, "frozen": frozen, "disk_base": file},
     )
 
 

@@ -132,6 +132,30 @@ class InnerSpec(Message):
     """Global gradient norm; 0 is no clipping."""
 
 
+class AdapterSpec(Message):
+    """A run in which only low-rank matrices beside frozen weights are trained, and travel.
+
+    LoRA (arXiv 2106.09685, section 4.1): a linear layer gives ``W x + (alpha / rank) B A x``.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Annotated[float, Field(gt=0, le=65536, allow_inf_nan=False)]
+    targets: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")], ...],
+        Field(min_length=1, max_length=32),
+    ]
+    """Last part of the names of the layers that get one."""
+    base: ArtifactRef
+    """The frozen weights: dense, every parameter of the model. They never change."""
+    base_dtype: Literal["float32", "bfloat16"]
+    """In which ``base`` holds them."""
+
+    @property
+    def base_parameters(self) -> int:
+        """How many weights are frozen (the header of ``base`` is not worth telling apart)."""
+        return self.base.size_bytes // (4 if self.base_dtype == "float32" else 2)
+
+
 class RunSpec(Message):
     """All that a node must know of a run, fixed for its life. The coordinator signs it."""
 
@@ -153,6 +177,13 @@ class RunSpec(Message):
     feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Decay of the node's error feedback (SparseLoCo, arXiv 2508.15706, algorithm 1)."""
     seed: Count = 0
+    adapter: AdapterSpec | None = None
+    """None: all parameters are trained. Else the manifest lists the adapters alone."""
+
+    @property
+    def model_parameters(self) -> int:
+        """What a forward pass takes, trained or not; ``parameters`` are those that are trained."""
+        return self.parameters + (self.adapter.base_parameters if self.adapter else 0)
 
 
 MirrorUrl = Annotated[

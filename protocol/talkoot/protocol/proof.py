@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from talkoot.protocol.errors import ProtocolError
-from talkoot.protocol.messages import InnerSpec
-from talkoot.protocol.recipes import REFERENCE, Recipe, get
+from talkoot.protocol.messages import AdapterSpec, InnerSpec
+from talkoot.protocol.recipes import Recipe, reference
 from talkoot.protocol.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -68,11 +68,13 @@ def proof_steps(
     inner: InnerSpec,
     steps: int,
     recipe: Recipe | None = None,
+    adapter: AdapterSpec | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[float]:
     """Train from the nonce's weights on the nonce's tokens and yield the loss of each step.
 
-    ``recipe`` (None is "fp32-adamw") at full sequence and micro-batch, with the run's inner
+    In an adapter run the nonce decides the frozen weights, too. ``recipe`` (None is the reference
+    of the kind of run) at full sequence and micro-batch, with the run's inner
     optimizer at the schedule's peak rate (no warm-up), so that the moments are allocated and used.
 
     Raises:
@@ -90,8 +92,9 @@ def proof_steps(
         sequence_length=sequence_length,
         vocabulary=int(config["vocab_size"]),
     )
-    chosen = get(REFERENCE) if recipe is None else recipe
-    replica = new_replica(config, chosen, inner, seed=proof_seed(nonce), device=device)
+    chosen = reference(adapter is not None) if recipe is None else recipe
+    seed = proof_seed(nonce)
+    replica = new_replica(config, chosen, inner, seed=seed, device=device, adapter=adapter)
     rate = learning_rate(inner, inner.warmup_tokens)
     for batch in tokens:
         yield replica.step(torch.from_numpy(batch).to(device), rate)
@@ -106,6 +109,7 @@ def proof_loss(
     inner: InnerSpec,
     steps: int = 2,
     recipe: Recipe | None = None,
+    adapter: AdapterSpec | None = None,
     device: torch.device | str = "cpu",
 ) -> float:
     """Mean loss of :func:`proof_steps`, in nats per token: what ``Proof.loss`` must be near."""
@@ -118,6 +122,7 @@ def proof_loss(
             inner=inner,
             steps=steps,
             recipe=recipe,
+            adapter=adapter,
             device=device,
         )
     )

@@ -70,7 +70,7 @@ class Recipe:
     @property
     def trained(self) -> WeightDType:
         """Dtype of the weights that the optimizer updates and a checkpoint holds."""
-        return "float32" if self.states_on == "host" else self.weights
+        return "float32" if self.states_on == "host" or self.adapter else self.weights
 
     @property
     def clips_globally(self) -> bool:
@@ -227,23 +227,88 @@ _ALL: Final = (
     ),
 )
 
+_BF16_BASE: Final = {"weights": "bfloat16", "compute": "bfloat16", **_SMALL}
+_NF4: Final = {"adapter": Adapter("nf4"), "package": "bitsandbytes", "extra": "adapters"}
+_ADAPTERS: Final = (
+    _recipe(
+        "lora-bf16",
+        "Adapters in fp32 beside frozen weights in bf16.",
+        **_BF16_BASE,
+        adapter=Adapter("bfloat16"),
+        cpu_speed=0.2,
+        accelerator_speed=1.0,
+    ),
+    _recipe(
+        "lora-fp32",
+        "Adapters beside frozen weights in fp32, every activation kept: for a CPU.",
+        adapter=Adapter("float32"),
+        cpu_speed=1.0,
+        accelerator_speed=0.35,
+    ),
+    _recipe(
+        "lora-fp32-ckpt",
+        "As lora-fp32, but activations are computed twice and logits exist a few at a time.",
+        **_SMALL,
+        adapter=Adapter("float32"),
+        cpu_speed=0.8,
+        accelerator_speed=0.25,
+    ),
+    _recipe(
+        "qlora-nf4",
+        "Adapters in fp32 beside frozen weights in 4 bits, products in bf16: a 7B model on an 8 GB "
+        "card.",
+        **_BF16_BASE,
+        **_NF4,
+        cpu_speed=0.15,
+        accelerator_speed=0.8,
+    ),
+    _recipe(
+        "qlora-nf4-fp32",
+        "As qlora-nf4 with products in fp32: the least memory for a CPU.",
+        **_SMALL,
+        **_NF4,
+        cpu_speed=0.6,
+        accelerator_speed=0.2,
+    ),
+)
+
 RECIPES: Final[Mapping[str, Recipe]] = {recipe.name: recipe for recipe in _ALL}
-"""By name, from the fastest to the smallest on an accelerator; :func:`fastest_first` sorts for a
-CPU."""
+"""For runs that train every parameter. By name, from the fastest to the smallest on an
+accelerator; :func:`fastest_first` sorts for a CPU."""
+ADAPTER_RECIPES: Final[Mapping[str, Recipe]] = {recipe.name: recipe for recipe in _ADAPTERS}
+"""The same for adapter runs."""
 REFERENCE: Final = "fp32-adamw"
 """What every network can train with, and what others are compared to."""
+ADAPTER_REFERENCE: Final = "lora-fp32"
+"""The same for adapter runs."""
 
 
-def get(name: str) -> Recipe:
-    """The recipe called ``name``. Raises :class:`ConfigError` on an unknown name."""
-    if name not in RECIPES:
+def reference(adapters: bool) -> Recipe:
+    """What a run of the kind is compared to, and replayed with."""
+    return get(ADAPTER_REFERENCE if adapters else REFERENCE)
+
+
+def recipes_of(adapters: bool) -> Mapping[str, Recipe]:
+    """All recipes for adapter runs, or for runs that train every parameter."""
+    return ADAPTER_RECIPES if adapters else RECIPES
+
+
+def get(name: str, adapters: bool | None = None) -> Recipe:
+    """The recipe called ``name``, if it is one for the kind of run (None: of either).
+
+    Raises :class:`ConfigError` on another name.
+    """
+    known = {**RECIPES, **ADAPTER_RECIPES} if adapters is None else recipes_of(adapters)
+    if name not in known:
+        kind = {None: "", True: " for an adapter run", False: " for this run"}[adapters]
         raise ConfigError(
-            f"There is no recipe named {name[:64]!r}: choose one of {', '.join(RECIPES)}.",
+            f"There is no recipe named {name[:64]!r}{kind}: choose one of {', '.join(known)}.",
             code="unknown-recipe",
         )
-    return RECIPES[name]
+    return known[name]
 
 
-def fastest_first(device: str) -> list[Recipe]:
-    """All recipes by their speed on a kind of device; equals in the registry's order."""
-    return sorted(RECIPES.values(), key=lambda recipe: -recipe.speed(device))
+def fastest_first(device: str, adapters: bool = False) -> list[Recipe]:
+    """All recipes for a kind of run by their speed on a kind of device; equals in the registry's
+    order."""
+    return sorted(recipes_of(adapters).values(), key=lambda recipe: -recipe.speed(device))

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
+from talkoot.protocol.adapters import open_base
 from talkoot.protocol.codec import EncodedTensor, encode_with_feedback
 from talkoot.protocol.corpus import CorpusManifest
 from talkoot.protocol.errors import UnavailableError
 from talkoot.protocol.manifest import Manifest
 from talkoot.protocol.messages import RoundTask, RunSpec
-from talkoot.protocol.model import build_model
 from talkoot.protocol.payload import write_payload
 from talkoot.protocol.recipes import Recipe
-from talkoot.protocol.replica import DTYPES, build_replica, rounding_seed
+from talkoot.protocol.replica import new_replica, rounding_seed
 from talkoot.protocol.schedule import learning_rate, lease_position
 from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader
@@ -45,6 +45,8 @@ class ReplayJob:
     """Files of the lease's blocks, in its order."""
     recipe: Recipe
     """What it is repeated with."""
+    frozen: Path | None = None
+    """The frozen weights of an adapter run."""
 
 
 def replay_lease(
@@ -66,8 +68,16 @@ def replay_lease(
         raise ValueError("only a lease with fresh state can be replayed")
     sequences = Sequences(spec, job.corpus, task.lease, job.blocks)
     base = WeightsReader(job.base, job.manifest)
-    model = build_model(job.config, seed=None, device=device, dtype=DTYPES[job.recipe.weights])
-    replica = build_replica(model, job.recipe, spec.inner)
+    adapter = spec.adapter
+    replica = new_replica(
+        job.config,
+        job.recipe,
+        spec.inner,
+        seed=None,
+        device=device,
+        adapter=adapter,
+        base=open_base(job.config, adapter, job.frozen) if adapter is not None else None,
+    )
     replica.load_weights(base.get)
     replica.seed = rounding_seed(task.lease.lease_id)
     losses = []

@@ -19,11 +19,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from talkoot.protocol.adapters import GetBase, build_adapted, drawn_base
 from talkoot.protocol.errors import TalkootError
 from talkoot.protocol.losses import use_chunked_loss
-from talkoot.protocol.messages import InnerSpec
+from talkoot.protocol.messages import AdapterSpec, InnerSpec
 from talkoot.protocol.model import build_model, named_trainable
-from talkoot.protocol.recipes import Recipe
+from talkoot.protocol.recipes import Recipe, get
 from talkoot.protocol.rules import States, Step, make_rule
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -400,10 +401,37 @@ def new_replica(
     *,
     seed: int | None,
     device: torch.device | str,
+    adapter: AdapterSpec | None = None,
+    base: GetBase | None = None,
 ) -> Replica:
     """Build the model of ``config`` in the recipe's dtype and make it a replica.
 
-    ``seed`` as in ``build_model``. Raises as :func:`build_replica` and ``build_model`` do.
+    Args:
+        config: the model's.
+        recipe: for the kind of run.
+        inner: the run's inner optimizer.
+        seed: of what is trained, as in ``build_model``.
+        device: where batches go.
+        adapter: the run's, if only adapters are trained.
+        base: the frozen weights of such a run; None draws those of a proof, from ``seed``.
+
+    Raises:
+        ConfigError: a recipe for the other kind of run.
+        CapacityError, ProtocolError: as :func:`build_replica` and ``build_model`` do.
     """
-    model = build_model(config, seed=seed, device=device, dtype=DTYPES[recipe.weights])
+    get(recipe.name, adapters=adapter is not None)
+    dtype = DTYPES[recipe.weights]
+    if adapter is None:
+        model = build_model(config, seed=seed, device=device, dtype=dtype)
+    else:
+        assert recipe.adapter is not None
+        model = build_adapted(
+            config,
+            adapter,
+            drawn_base(config, adapter, seed or 0) if base is None else base,
+            dtype=dtype,
+            quantise=recipe.adapter.base == "nf4",
+            seed=seed,
+            device=device,
+        )
     return build_replica(model, recipe, inner)

@@ -194,7 +194,7 @@ class Belief:
 
     def _wanted(self, session: Session, claim: Contribution, task: RoundTask) -> list[str]:
         belief = self._c.config.belief
-        if self._c.spec.parameters > belief.validate_up_to_parameters:
+        if self._c.spec.model_parameters > belief.validate_up_to_parameters:
             return []
         newcomer = self.standing(session, claim.node_id).state == "probation"
         kinds = []

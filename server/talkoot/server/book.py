@@ -577,6 +577,8 @@ class Book:
         ).all()
         spec = self._c.spec
         served = [spec.model.digest, spec.manifest.digest, spec.corpus.digest]
+        if spec.adapter is not None:
+            served.append(spec.adapter.base.digest)
         checkpoints = 0
         for version in versions:
             if version.update_digest:

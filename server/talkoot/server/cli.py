@@ -250,11 +250,17 @@ def export(
     version: Annotated[
         int | None, typer.Option(help="Which version; the newest if not given.")
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of an adapter run: one model, not the adapters.")
+    ] = False,
 ) -> None:
-    """Write a version as a model that AutoModelForCausalLM.from_pretrained loads."""
+    """Write a version as a model that AutoModelForCausalLM.from_pretrained loads.
+
+    An adapter run's is written as adapters for PEFT, or with --merge as a model, too.
+    """
     from talkoot.server.export import export_version
 
-    made = export_version(_open(state), out, version)
+    made = export_version(_open(state), out, version, merge=merge)
     typer.echo(f"Version {made.version} ({made.weights_digest[:12]}) is in {out}")
 
 

@@ -59,6 +59,23 @@ class ModelSection(_Section):
         return self
 
 
+class AdapterSection(_Section):
+    """An adapter run (LoRA): small matrices beside the frozen weights of ``model.pretrained`` are
+    all that is trained and all that travels."""
+
+    rank: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Of the matrices; 0 is an ordinary run, which trains every parameter."""
+    alpha: Annotated[float, Field(gt=0, le=65536)] = 32.0
+    """The matrices' product counts this over ``rank`` times."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1, max_length=32, strict=False)] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
+    """The linear layers that get one, by the last part of their names."""
+    base_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """In which every node gets the frozen weights, once."""
+
+
 class TokenizerSection(_Section):
     """Bytes, or any tokenizer that ``transformers.AutoTokenizer`` loads from a directory."""
 
@@ -242,6 +259,7 @@ class Config(_Section):
 
     run: RunSection = RunSection()
     model: ModelSection
+    adapter: AdapterSection = AdapterSection()
     tokenizer: TokenizerSection = TokenizerSection()
     corpus: CorpusSection = CorpusSection()
     round: RoundSection = RoundSection()
@@ -266,6 +284,11 @@ class Config(_Section):
             raise ValueError(
                 f"corpus.block_tokens ({self.corpus.block_tokens}) must be a multiple of "
                 f"model.sequence_length ({self.model.sequence_length})"
+            )
+        if self.adapter.rank and self.model.pretrained is None:
+            raise ValueError(
+                "adapter.rank is set and model.pretrained is not: adapters are trained beside the "
+                "weights of a pretrained model; name its directory"
             )
         if self.round.tokens_per_node > limits.MAX_LEASE_BLOCKS * self.corpus.block_tokens:
             raise ValueError(

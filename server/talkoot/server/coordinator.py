@@ -103,6 +103,12 @@ class Coordinator:
 
         return Manifest.from_bytes(self.store.path(self.spec.manifest.digest).read_bytes())
 
+    @property
+    def base(self) -> Path | None:
+        """The frozen weights of an adapter run."""
+        adapter = self.spec.adapter
+        return self.store.path(adapter.base.digest) if adapter is not None else None
+
     @cached_property
     def corpus(self) -> CorpusManifest:
         """What the training blocks are."""

@@ -145,6 +145,7 @@ class Evaluator:
     def _measure(self, path: Path, wanted: Due) -> list[tuple[SourceRows, float]]:
         import torch
 
+        from talkoot.protocol.model import named_trainable
         from talkoot.protocol.weights import WeightsReader
         from talkoot.server.heldout import heldout_loss, rows_by_source
 
@@ -159,7 +160,7 @@ class Evaluator:
         model = self._built()
         reader = WeightsReader(path, self._c.manifest)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in named_trainable(model):
                 parameter.copy_(reader.get(name))
         found = [(source, heldout_loss(model, source.rows)) for source in self._rows]
         log.info(
@@ -175,11 +176,12 @@ class Evaluator:
             return self._model
         import torch
 
-        from talkoot.protocol.model import build_model, parse_config
+        from talkoot.protocol.adapters import model_of
+        from talkoot.protocol.model import parse_config
 
         device = self._c.config.evaluation.device
         room = int(self._available() * MEMORY_MARGIN)
-        parameters = self._c.spec.parameters
+        parameters = self._c.spec.model_parameters
         dtype = torch.float32
         if device == "cpu" and bytes_needed(parameters, 4) > room:
             dtype = torch.bfloat16
@@ -191,5 +193,8 @@ class Evaluator:
                     code="no-memory",
                 )
         data = self._c.store.path(self._c.spec.model.digest).read_bytes()
-        self._model = build_model(parse_config(data), seed=None, device=device, dtype=dtype).eval()
+        model = model_of(
+            parse_config(data), self._c.spec.adapter, self._c.base, device=device, dtype=dtype
+        )
+        self._model = model.eval()
         return self._model

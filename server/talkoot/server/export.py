@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -20,13 +20,27 @@ from talkoot.server.coordinator import Coordinator
 from talkoot.server.ledger.schema import ContributionRecord, Version
 from talkoot.server.status import evaluation_of
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def export_version(coordinator: Coordinator, out: Path, number: int | None) -> Version:
+    from talkoot.protocol.messages import AdapterSpec
+    from talkoot.protocol.weights import WeightsReader
+
+
+def export_version(
+    coordinator: Coordinator, out: Path, number: int | None, *, merge: bool = False
+) -> Version:
     """Write a version to ``out``, whole or not at all.
 
-    The directory loads with plain ``AutoModelForCausalLM.from_pretrained`` and
+    An adapter run's version is written as adapters, which PEFT loads beside the base model, or,
+    with ``merge``, added to their base as one model. A model's directory loads with plain
+    ``AutoModelForCausalLM.from_pretrained``. Either has the tokenizer for
     ``AutoTokenizer.from_pretrained``, and carries ``talkoot.json`` (which run, which version, what
     was measured of it) and the same for people in ``README.md``.
+
+    Raises:
+        ConfigError: there is no such version, or nothing to merge.
+        StateError: ``out`` exists.
     """
     with coordinator.ledger.read() as session:
         if number is None:
@@ -40,6 +54,11 @@ def export_version(coordinator: Coordinator, out: Path, number: int | None) -> V
             if found is None:
                 raise ConfigError(f"There is no version {number} of run {coordinator.run_id}.")
             version = found
+    if merge and coordinator.spec.adapter is None:
+        raise ConfigError(
+            f"Run {coordinator.run_id} trains the whole model, so there is nothing to merge: leave "
+            "out --merge."
+        )
     out = out.absolute()
     if out.exists():
         raise StateError(f"{out} exists: choose another --out, or remove it.", code="exists")
@@ -49,7 +68,7 @@ def export_version(coordinator: Coordinator, out: Path, number: int | None) -> V
     except OSError as err:
         raise explain_os_error(err, "exporting", out) from err
     try:
-        _write(coordinator, version, work)
+        _write(coordinator, version, work, merge)
         work.chmod(0o755)
         work.rename(out)
     except OSError as err:
@@ -59,10 +78,9 @@ def export_version(coordinator: Coordinator, out: Path, number: int | None) -> V
     return version
 
 
-def _write(coordinator: Coordinator, version: Version, work: Path) -> None:
+def _write(coordinator: Coordinator, version: Version, work: Path, merge: bool) -> None:
     from transformers.utils import logging as transformers_logging
 
-    from talkoot.protocol.model import build_model, parse_config
     from talkoot.protocol.tokenizer import load_tokenizer, save_for_export
     from talkoot.protocol.weights import WeightsReader
 
@@ -75,26 +93,28 @@ def _write(coordinator: Coordinator, version: Version, work: Path) -> None:
             f"The weights of version {version.version} are not kept any more: the newest versions "
             "and the checkpoints are."
         )
-    data = coordinator.store.path(coordinator.spec.model.digest).read_bytes()
-    model = build_model(parse_config(data), seed=None, device="cpu")
     with WeightsReader(path, coordinator.manifest) as weights:
         if weights.weights_digest() != version.weights_digest:
             raise IntegrityError(
                 f"{path} is not what the ledger says version {version.version} is: restore the "
                 "state directory from a backup."
             )
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(weights.get(name))
-    model.save_pretrained(work)  # type: ignore[operator]  # a method of PreTrainedModel
+        if coordinator.spec.adapter is None or merge:
+            _write_model(coordinator, weights, work)
+        else:
+            _write_adapters(coordinator, coordinator.spec.adapter, weights, work)
     kind = coordinator.config.tokenizer.kind
     save_for_export(
         load_tokenizer(kind, coordinator.state.tokenizer if kind == "hf" else None), work
     )
+    adapter = coordinator.spec.adapter
     card: dict[str, Any] = {
         "run_id": coordinator.run_id,
         "version": version.version,
         "weights_digest": version.weights_digest,
-        "parameters": coordinator.spec.parameters,
+        "parameters": coordinator.spec.model_parameters,
+        "adapter": adapter.model_dump(mode="json") if adapter is not None else None,
+        "merged": merge,
         "sequence_length": coordinator.spec.sequence_length,
     }
     with coordinator.ledger.read() as session:
@@ -103,6 +123,53 @@ def _write(coordinator: Coordinator, version: Version, work: Path) -> None:
     card |= {"tokens": tokens, "nodes": nodes, "evaluation": found}
     (work / "README.md").write_text(model_card(card, coordinator.corpus.sources), encoding="utf-8")
     (work / "talkoot.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_model(coordinator: Coordinator, weights: WeightsReader, work: Path) -> None:
+    """The whole model, as ``save_pretrained`` has it."""
+    from talkoot.protocol.adapters import merged, open_base
+    from talkoot.protocol.model import build_model, parse_config
+
+    spec = coordinator.spec
+    config = parse_config(coordinator.store.path(spec.model.digest).read_bytes())
+    model = build_model(config, seed=None, device="cpu")
+    parameters = dict(model.named_parameters())
+    tensors: Iterable[tuple[str, Tensor]]
+    if spec.adapter is None:
+        tensors = ((name, weights.get(name)) for name in parameters)
+    else:
+        base = open_base(config, spec.adapter, coordinator.base)
+        tensors = merged(config, spec.adapter, base, weights.get)
+    for name, tensor in tensors:
+        parameters[name].data.copy_(tensor)
+    model.save_pretrained(work)  # type: ignore[operator]  # a method of PreTrainedModel
+
+
+def _write_adapters(
+    coordinator: Coordinator, adapter: AdapterSpec, weights: WeightsReader, work: Path
+) -> None:
+    """The adapters in PEFT's format (its ``save_pretrained``): two files."""
+    from safetensors.torch import save_file
+
+    matrices = {}
+    for name in weights.names():
+        layer, _, matrix = name.rpartition(".")
+        matrices[f"base_model.model.{layer}.{matrix}.weight"] = weights.get(name)
+    save_file(matrices, work / "adapter_model.safetensors", metadata={"format": "pt"})
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": coordinator.config.model.pretrained,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "target_modules": list(adapter.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (work / "adapter_config.json").write_text(
+        json.dumps(described, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _work_done(session: Session, run_id: str, version: int) -> tuple[int, int]:
@@ -119,16 +186,22 @@ def _work_done(session: Session, run_id: str, version: int) -> tuple[int, int]:
 def model_card(card: dict[str, Any], sources: Sequence[str]) -> str:
     """The export's README: what it is, what it was trained on, how well it does, how to load it."""
     found = card["evaluation"]
+    adapter = card.get("adapter")
+    alone = adapter is not None and not card["merged"]
+    what = "A causal language model of"
+    if adapter is not None:
+        what = f"{'Adapters' if alone else 'Adapters merged into their base'} (LoRA, rank "
+        what += f"{adapter['rank']}): a causal language model of"
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'peft' if alone else 'transformers'}",
         "pipeline_tag: text-generation",
         "tags: [talkoot]",
         "---",
         "",
         f"# {card['run_id']}, version {card['version']}",
         "",
-        f"A causal language model of {card['parameters']:,} parameters, trained on "
+        f"{what} {card['parameters']:,} parameters, trained on "
         f"{card['tokens']:,} tokens by {card['nodes']} volunteers' machines with "
         "talkoot. Sequence length in training: "
         f"{card['sequence_length']}.",
@@ -156,13 +229,23 @@ def model_card(card: dict[str, Any], sources: Sequence[str]) -> str:
             f"| {row['tokens']:,} |"
             for name, row in rows
         ]
+    loads = "AutoModelForCausalLM.from_pretrained("
+    loads = "PeftModel.from_pretrained(base, " if alone else loads
     lines += [
         "",
         "## Use",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'model = AutoModelForCausalLM.from_pretrained("this directory")',
+        *(
+            (
+                "from peft import PeftModel",
+                'base = AutoModelForCausalLM.from_pretrained("the base")',
+            )
+            if alone
+            else ()
+        ),
+        f'model = {loads}"this directory")',
         'tokenizer = AutoTokenizer.from_pretrained("this directory")',
         "```",
     ]

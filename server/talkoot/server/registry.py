@@ -44,7 +44,7 @@ from talkoot.protocol.messages import (
     canonical_bytes,
     parse,
 )
-from talkoot.protocol.recipes import RECIPES
+from talkoot.protocol.recipes import recipes_of
 from talkoot.server import applicants, rounds
 from talkoot.server.admission import AdmissionPolicy, judge_capability, judge_proof, stale_proof
 from talkoot.server.book import Book
@@ -305,12 +305,13 @@ class Registry:
 
     def needs(self) -> MemoryPlan:
         """What a replica of this run's model takes."""
-        from talkoot.protocol.memory import predict
+        from talkoot.protocol.memory import predict, with_base
         from talkoot.protocol.model import parse_config
 
         spec = self.coordinator.spec
         config = parse_config(self.coordinator.store.path(spec.model.digest).read_bytes())
-        return predict(config, spec.sequence_length, spec.micro_batch, parameters=spec.parameters)
+        plan = predict(config, spec.sequence_length, spec.micro_batch, parameters=spec.parameters)
+        return with_base(plan, spec)
 
     def challenge(self, node_id: str) -> ProofChallenge:
         """A fresh nonce for a node to prove itself on."""
@@ -375,13 +376,13 @@ class Registry:
     def _expected_loss(self, proof: Proof) -> float | None:
         spec = self.coordinator.spec
         limit = self.coordinator.config.admission.check_proof_up_to_parameters
-        if spec.parameters > limit:
+        if spec.model_parameters > limit:
             return None
         from talkoot.protocol.model import parse_config
         from talkoot.protocol.proof import proof_loss
 
         # By the same recipe: what bf16 does to a loss is then no reason to doubt a node.
-        recipe = RECIPES.get(proof.recipe)
+        recipe = recipes_of(spec.adapter is not None).get(proof.recipe)
         if recipe is None:
             raise RefusedError(
                 f"This coordinator knows no recipe {proof.recipe!r}: upgrade the older of the two.",
@@ -396,6 +397,7 @@ class Registry:
             steps=proof.steps,
             inner=spec.inner,
             recipe=recipe,
+            adapter=spec.adapter,
         )
 
     # Operator's decisions -------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from talkoot.protocol.corpus import MANIFEST, CorpusManifest
 from talkoot.protocol.errors import ConfigError, TalkootError
 from talkoot.protocol.files import DirectoryLock, explain_os_error, write_atomic
 from talkoot.protocol.identity import NodeKey
-from talkoot.protocol.messages import CodecSpec, RunSpec, canonical_bytes
+from talkoot.protocol.messages import AdapterSpec, ArtifactRef, CodecSpec, RunSpec, canonical_bytes
 from talkoot.server.ca import CertificateAuthority
 from talkoot.server.config import Config, NetworkSection, dump_config
 from talkoot.server.coordinator import note
@@ -104,9 +104,13 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
     say("Model and first version …")
     model_config, model = initial_model(config)
     _check_vocabulary(model_config, corpus)
+    store = ArtifactStore(state.store)
+    adapter = None
+    if config.adapter.rank:
+        adapter = _adapt(model_config, model, config, store, state)
+        say(f"  base {adapter.base.digest[:12]}, {adapter.base.size_bytes:,} bytes")
     named = dict(named_trainable(model))
     manifest = manifest_of(named.items())
-    store = ArtifactStore(state.store)
     directory = "v00000000"
     first = VersionDir(state.versions / directory)
     digest = initial_state(manifest, lambda name: named[name].detach(), first.path)
@@ -125,6 +129,7 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
         downlink=CodecSpec(**config.downlink.model_dump()),
         feedback_decay=config.feedback_decay,
         seed=config.run.seed,
+        adapter=adapter,
     )
     signed = key.sign("RunSpec", canonical_bytes(spec))
 
@@ -160,6 +165,40 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
     write_atomic(state.config, dump_config(config).encode(), mode=0o600)
     say(f"Run {run_id}: {manifest.parameters:,} parameters, version 0 is {digest[:12]}")
     return run_id
+
+
+def _adapt(
+    model_config: dict[str, Any],
+    model: torch.nn.Module,
+    config: Config,
+    store: ArtifactStore,
+    state: StateDir,
+) -> AdapterSpec:
+    """Publish the model as the run's base, and give it the adapters of version 0."""
+    from talkoot.protocol.adapters import adapt, base_manifest
+    from talkoot.protocol.weights import save_weights
+
+    section = config.adapter
+    spec = AdapterSpec(
+        rank=section.rank,
+        alpha=section.alpha,
+        targets=section.targets,
+        base=ArtifactRef(digest="0" * 64, size_bytes=0),
+        base_dtype=section.base_dtype,
+    )
+    frozen = base_manifest(model_config, spec)
+    weights = dict(model.named_parameters())
+    file = state.incoming / "base.safetensors"
+    save_weights(file, frozen, lambda name: weights[name].to(_dtype(section.base_dtype)))
+    spec = spec.model_copy(update={"base": store.put_file(file)})
+    adapt(model, spec, config.run.seed)
+    return spec
+
+
+def _dtype(name: str) -> torch.dtype:
+    from talkoot.protocol.replica import DTYPES
+
+    return DTYPES[name]
 
 
 def initial_model(config: Config) -> tuple[dict[str, Any], torch.nn.Module]:

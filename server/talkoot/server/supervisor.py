@@ -104,7 +104,7 @@ def _optional(coordinator: Coordinator) -> tuple[str, ...]:
     """Parts that the operator may switch off."""
     config = coordinator.config
     parts = ("evaluator",) if config.evaluation.every else ()
-    if coordinator.spec.parameters <= config.belief.validate_up_to_parameters:
+    if coordinator.spec.model_parameters <= config.belief.validate_up_to_parameters:
         return (*parts, "validator")
     return parts
 

@@ -128,7 +128,8 @@ class Validator:
     def _gain(self, lease_id: str) -> Outcome:
         import torch
 
-        from talkoot.protocol.model import build_model, named_trainable, parse_config
+        from talkoot.protocol.adapters import model_of
+        from talkoot.protocol.model import named_trainable, parse_config
         from talkoot.protocol.payload import PayloadReader
         from talkoot.protocol.weights import WeightsReader
 
@@ -140,7 +141,7 @@ class Validator:
         others = [block for block in order if block not in set(mine)] or mine
         rows = [self._rows(mine, seed), self._rows(others, seed)]
         config = parse_config(self._c.store.path(spec.model.digest).read_bytes())
-        model = build_model(config, seed=None, device="cpu").eval()
+        model = model_of(config, spec.adapter, self._c.base, device="cpu").eval()
         weights = WeightsReader(base, manifest)
         update = PayloadReader(payload, manifest, spec.uplink)
         losses: list[list[Tensor]] = []
@@ -193,7 +194,8 @@ class Validator:
                     task=task,
                     base=base,
                     blocks=blocks,
-                    recipe=recipes.get("fp32-adamw"),
+                    recipe=recipes.reference(spec.adapter is not None),
+                    frozen=self._c.base,
                 ),
                 again,
             )

@@ -144,12 +144,13 @@ class Server:
             self._send({"id": call_id, "progress": report})
 
         if op == "open":
-            corpus = request.get("corpus_path")
+            corpus, base = request.get("corpus_path"), request.get("base_path")
             return trainer.open(
                 _message(RunSpec, request["spec"]),
                 Path(request["model_config_path"]),
                 Path(request["manifest_path"]),
                 Path(corpus) if corpus is not None else None,
+                Path(base) if base is not None else None,
             )
         if op == "state":
             return trainer.state()

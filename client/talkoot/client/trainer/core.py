@@ -19,6 +19,8 @@ from talkoot.client.trainer.lease import LeaseJob, Progress, ShouldStop, run_lea
 from talkoot.client.trainer.peak import PeakMeter
 from talkoot.client.trainer.workdir import LeaseResult, Published, State, WorkDir
 from talkoot.protocol import faults, limits, memory
+from talkoot.protocol.adapters import GetBase, adapted_outline, open_base
+from talkoot.protocol.artifacts import sha256_file
 from talkoot.protocol.corpus import CorpusManifest, parse_manifest
 from talkoot.protocol.errors import (
     CapacityError,
@@ -34,7 +36,7 @@ from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.model import build_model, named_trainable, parse_config
 from talkoot.protocol.payload import PayloadReader
 from talkoot.protocol.proof import proof_steps
-from talkoot.protocol.recipes import REFERENCE, Recipe, get
+from talkoot.protocol.recipes import REFERENCE, Recipe, get, reference
 from talkoot.protocol.replica import Replica, new_replica
 from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader, WeightsWriter, apply_update, save_weights
@@ -61,6 +63,8 @@ class _Run:
     manifest: Manifest
     corpus: CorpusManifest | None
     work: WorkDir
+    base: GetBase | None
+    """The frozen weights of an adapter run."""
 
 
 class Trainer:
@@ -69,7 +73,8 @@ class Trainer:
     Args:
         root: the work directory; one process at a time (``__main__`` holds its lock).
         device: a torch device name; ``None`` takes the accelerator if one works, else the CPU.
-        recipe: how the replica is held; the name of one of ``recipes.RECIPES``.
+        recipe: how the replica is held; a name that is one for the kind of run
+            (``recipes.py``). ``None`` takes that kind's reference.
         checkpoint_seconds: time between checkpoints of a lease; 0 is one a step.
 
     All operations return JSON-ready dictionaries and raise :class:`TalkootError`.
@@ -80,13 +85,14 @@ class Trainer:
         root: Path,
         device: str | None = None,
         *,
-        recipe: str = REFERENCE,
+        recipe: str | None = None,
         checkpoint_seconds: float = 10.0,
     ) -> None:
         self._root = root
         self._device = _choose_device(device)
         self._checkpoint_seconds = checkpoint_seconds
-        self._recipe: Recipe = get(recipe)
+        self._chosen = recipe
+        self._recipe: Recipe = get(recipe) if recipe is not None else get(REFERENCE)
         self._run: _Run | None = None
         self._replica: Replica | None = None
 
@@ -96,10 +102,19 @@ class Trainer:
         model_config_path: Path,
         manifest_path: Path,
         corpus_path: Path | None = None,
+        base_path: Path | None = None,
     ) -> dict[str, Any]:
-        """Take up a run: ``{"parameters"}``. ``corpus_path`` (its manifest) is for training only.
+        """Take up a run: ``{"parameters"}``.
+
+        Args:
+            spec: what is trained.
+            model_config_path: the model's config.
+            manifest_path: of what is trained.
+            corpus_path: the corpus manifest; for training only.
+            base_path: the frozen weights of an adapter run; for training only.
 
         Raises:
+            ConfigError: the recipe is none for this kind of run.
             IntegrityError: a file is not the one that the run names.
             ProtocolError: a file is malformed, or the manifest is not the model's.
             StateError: the directory holds another run's replica.
@@ -109,7 +124,13 @@ class Trainer:
         corpus = None
         if corpus_path is not None:
             corpus = parse_manifest(_artifact(corpus_path, spec.corpus.digest))
-        outline = build_model(config, seed=None, device="cpu", meta=True)
+        adapter = spec.adapter
+        recipe = self._chosen or reference(adapter is not None).name
+        self._recipe = get(recipe, adapters=adapter is not None)
+        if adapter is None:
+            outline = build_model(config, seed=None, device="cpu", meta=True)
+        else:
+            outline = adapted_outline(config, adapter)
         if manifest_of(named_trainable(outline)) != manifest:
             raise ProtocolError(
                 "The run's manifest does not list the parameters of the run's model: the operator "
@@ -124,7 +145,11 @@ class Trainer:
             )
         work = WorkDir(self._root, spec.run_id, spec.manifest.digest)
         self._drop_replica()
-        self._run = _Run(spec, config, manifest, corpus, work)
+        base = None
+        if adapter is not None and base_path is not None:
+            _check_file(base_path, adapter.base.digest)
+            base = open_base(config, adapter, base_path)
+        self._run = _Run(spec, config, manifest, corpus, work, base)
         return {"parameters": manifest.parameters}
 
     @property
@@ -182,6 +207,7 @@ class Trainer:
                 inner=spec.inner,
                 steps=steps,
                 recipe=self._recipe,
+                adapter=spec.adapter,
                 device=self._device,
             ):
                 losses.append(loss)
@@ -196,6 +222,7 @@ class Trainer:
             spec.micro_batch,
             parameters=run.manifest.parameters,
         )
+        plan = memory.with_base(plan, spec)
         return {
             "loss": math.fsum(losses) / steps,
             "losses": losses,
@@ -398,8 +425,19 @@ class Trainer:
         """The replica; its weights and state are to be loaded."""
         if self._replica is None:
             run = self._opened
+            if run.spec.adapter is not None and run.base is None:
+                raise StateError(
+                    "The run was opened without its base weights: open it with them to train.",
+                    code="no-base",
+                )
             self._replica = new_replica(
-                run.config, self._recipe, run.spec.inner, seed=None, device=self._device
+                run.config,
+                self._recipe,
+                run.spec.inner,
+                seed=None,
+                device=self._device,
+                adapter=run.spec.adapter,
+                base=run.base,
             )
         return self._replica
 
@@ -475,6 +513,18 @@ def _replica(published: Published | None) -> dict[str, Any]:
     if published is None:
         return {"version": None, "weights_digest": None}
     return {"version": published.version, "weights_digest": published.digest}
+
+
+def _check_file(path: Path, digest: str) -> None:
+    """Raise :class:`IntegrityError` unless a large file has its digest."""
+    try:
+        found, _ = sha256_file(path)
+    except OSError as err:
+        raise explain_os_error(err, "reading the base weights", path) from err
+    if found != digest:
+        raise IntegrityError(
+            f"{path} is not the file that the run names: delete it and fetch it anew."
+        )
 
 
 def _artifact(path: Path, digest: str) -> bytes:

@@ -1,1 +1,0 @@
-"""Runs and plans beside each other, with a band over their seeds."""
