@@ -10,10 +10,10 @@ export FLWR_TELEMETRY_ENABLED   ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench demo chaos test lint format types contracts check proto clean
+.PHONY: help setup bench bench-control demo chaos test lint format types contracts check proto clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 $(STAMP): pyproject.toml constraints.txt tools/bootstrap.sh tools/fetch_pip.py
 	@sh tools/bootstrap.sh $(VENV)
@@ -27,6 +27,9 @@ demo: $(STAMP) ## train a small model on a network of real processes on this mac
 
 bench: $(STAMP) ## measure the data path: bits, speed, memory, as ratios (ARGS=--quick: 2 minutes)
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-control: $(STAMP) ## put thousands of nodes on one coordinator (ARGS="--nodes 500")
+	@$(BIN)/python -m bench.control $(ARGS)
 
 chaos: $(STAMP) ## kill every process of a real network, again and again (ARGS="--quick")
 	@$(BIN)/talkoot-sim chaos $(ARGS)

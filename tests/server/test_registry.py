@@ -400,9 +400,34 @@ def test_a_node_polls_no_faster_than_the_network_bears(site: Site) -> None:
     site.reopen(network={"max_pulls_per_second": 0.5, "min_poll_seconds": 0.25})
     for number in range(4):
         site.add_node(f"n{number}")
-    answer = site.registry.report(next(iter(site.keys)), report())
+    for node_id in site.keys:
+        answer = site.registry.report(node_id, report())
     assert answer.poll_seconds == 8.0
     assert answer.report_seconds == 32.0
+
+
+def test_nodes_that_left_long_ago_slow_down_nobody(site: Site) -> None:
+    site.reopen(network={"max_pulls_per_second": 0.5, "min_poll_seconds": 0.25})
+    long_ago, anna = site.add_node("long-ago"), site.add_node("anna")
+    site.registry.report(long_ago, report())
+    with site.coordinator.ledger.write() as session:
+        session.get_one(NodeState, long_ago).seen_unix -= 7200
+    assert site.registry.report(anna, report()).poll_seconds == 2.0
+
+
+def test_a_node_that_is_told_to_report_seldom_is_not_taken_for_lost_in_between(
+    site: Site,
+) -> None:
+    site.reopen(network={"max_pulls_per_second": 0.01})
+    node_id = site.add_node("anna")
+    answer = site.registry.report(node_id, report(version=0))
+    patience = 3 * answer.report_seconds
+    assert patience > site.coordinator.config.round.lost_after_seconds
+    with site.coordinator.ledger.read() as session:
+        seen = session.get_one(NodeState, node_id).seen_unix
+        for silent, leased in ((0.9 * patience, [node_id]), (1.1 * patience, [])):
+            members = site.book.members(session, site.online(), seen + silent)
+            assert [member.node_id for member in members] == leased
 
 
 def test_a_stranger_may_not_report_and_is_not_authorized(site: Site) -> None:

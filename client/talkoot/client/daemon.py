@@ -243,6 +243,7 @@ class Daemon:
         assert self._host is not None
         reply = self._worker.reply
         poll = reply.poll_seconds if reply is not None else 1.0
+        self._host.keep_pace(poll)
         idle_until = time.monotonic() + IDLE_TASK_CHECK_SECONDS
         while not self._stop.is_set() and not self._home.pause.exists():
             try:

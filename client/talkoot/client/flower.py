@@ -120,7 +120,7 @@ class FleetHost:
             UnavailableError: nobody answers.
             RefusedError: the SuperLink does not know this key, or the gateway shuts it out.
         """
-        self._heartbeat_seconds = min(MAX_HEARTBEAT, max(MIN_HEARTBEAT, 20 * poll_seconds))
+        self.keep_pace(poll_seconds)
         if self.flower_node_id is None or not self._heartbeat(self.flower_node_id):
             request = ActivateNodeRequest(
                 public_key=self._public_key, heartbeat_interval=self._heartbeat_seconds
@@ -130,6 +130,13 @@ class FleetHost:
             self._thread = threading.Thread(target=self._beat, name="fleet-heartbeat", daemon=True)
             self._thread.start()
         return self.flower_node_id
+
+    def keep_pace(self, poll_seconds: float) -> None:
+        """Beat as often as a network needs whose nodes poll this often: a large one, less often.
+
+        Each beat tells Flower when to expect the next, so that a change holds from the next on.
+        """
+        self._heartbeat_seconds = min(MAX_HEARTBEAT, max(MIN_HEARTBEAT, 20 * poll_seconds))
 
     def _heartbeat(self, node_id: int) -> bool:
         request = SendNodeHeartbeatRequest(

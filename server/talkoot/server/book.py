@@ -41,13 +41,22 @@ from talkoot.server.ledger.schema import (
     Run,
     Version,
 )
-from talkoot.server.rounds import Decision, LeaseView, RoundView, decide
+from talkoot.server.rounds import (
+    Decision,
+    LeaseView,
+    RoundView,
+    decide,
+    patience_seconds,
+    poll_seconds,
+)
 from talkoot.server.statements import TASK_GRACE_SECONDS
 
 if TYPE_CHECKING:
     from talkoot.server.sketch import Examination
 
 MAX_REASON_CHARS = 500
+HEARD_SECONDS = 3600.0
+"""Nodes that reported within so long share what the SuperLink bears."""
 SPEED_MEMORY = 0.5
 """Weight of the newest measurement in a node's running tokens per second."""
 LEASE_SHARE = 0.75
@@ -152,17 +161,38 @@ class Book:
         it holds no lease. With one, a joiner's checkpoint (28 GB for a 7B-class model) would keep
         everybody waiting until the deadline, round after round.
         """
-        nodes = session.scalars(select(Node).where(Node.status == "admitted")).all()
+        # One question for all: the round loop asks this again and again, under the writers' lock.
+        rows = session.execute(
+            select(Node, NodeState)
+            .outerjoin(NodeState, NodeState.node_id == Node.node_id)
+            .where(Node.status == "admitted", Node.flower_node_id.is_not(None))
+        )
         newest = self.latest_version(session).version
+        patience = self._patience(session, now)
         return [
             node
-            for node in nodes
-            if node.flower_node_id is not None
-            and int(node.flower_node_id) in online
-            and self._reachable(session.get(NodeState, node.node_id), now)
-            and not _paused(session.get(NodeState, node.node_id))
-            and self._keeps_up(session.get(NodeState, node.node_id), newest)
+            for node, state in rows
+            if int(node.flower_node_id or 0) in online
+            and _reachable(state, now, patience)
+            and not _paused(state)
+            and self._keeps_up(state, newest)
         ]
+
+    def poll_seconds(self, session: Session, now: float) -> float:
+        """How often each node may ask the SuperLink for messages: as the nodes lately heard of
+        share what it bears. Those that left long ago slow down nobody."""
+        network = self._c.config.network
+        heard = session.scalar(
+            select(func.count())
+            .select_from(NodeState)
+            .where(NodeState.seen_unix > now - HEARD_SECONDS)
+        )
+        return poll_seconds(heard or 0, network.max_pulls_per_second, network.min_poll_seconds)
+
+    def _patience(self, session: Session, now: float) -> float:
+        """How long a node may be silent, in seconds."""
+        lost_after = self._c.config.round.lost_after_seconds
+        return patience_seconds(lost_after, self.poll_seconds(session, now))
 
     def _keeps_up(self, state: NodeState | None, newest: int) -> bool:
         # A stock SuperNode catches up only within a lease: it runs for nothing else.
@@ -170,13 +200,6 @@ class Book:
             return True
         version = NodeReport.model_validate_json(state.report).version
         return version is not None and newest - version <= self._c.config.round.max_behind
-
-    def _reachable(self, state: NodeState | None, now: float) -> bool:
-        # A stock SuperNode reports only while it works, and says when it stops to: from then on
-        # Flower's heartbeat speaks for it.
-        if state is None or '"state":"leaving"' in state.report:
-            return True
-        return now - state.seen_unix < self._c.config.round.lost_after_seconds
 
     def open_round(
         self, online: frozenset[int], poll_seconds: float, *, now: float
@@ -477,13 +500,14 @@ class Book:
                     LeaseRecord.state != "released",
                 )
             )
+            patience = self._patience(session, now)
             views = [
                 LeaseView(
                     node_id=lease.node_id,
                     state="committed" if lease.state == "committed" else "open",
                     # A paused node keeps its lease, and nobody waits for it.
                     live=int(node.flower_node_id or 0) in online
-                    and self._reachable(state, now)
+                    and _reachable(state, now, patience)
                     and not _paused(state),
                 )
                 for lease, node, state in rows
@@ -629,3 +653,11 @@ def _no(code: str, sentence: str) -> Verdict:
 
 def _paused(state: NodeState | None) -> bool:
     return state is not None and '"state":"paused"' in state.report
+
+
+def _reachable(state: NodeState | None, now: float, patience: float) -> bool:
+    # A stock SuperNode reports only while it works, and says when it stops to: from then on
+    # Flower's heartbeat speaks for it.
+    if state is None or '"state":"leaving"' in state.report:
+        return True
+    return now - state.seen_unix < patience

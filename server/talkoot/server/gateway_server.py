@@ -54,7 +54,7 @@ class GatewaySettings:
     key: Path
     superlink_port: int
     superlink_ca: Path
-    max_connections: int = 2048
+    max_connections: int = 8192
     max_connections_per_address: int = 64
     caps: GatewayLimits | None = None
 

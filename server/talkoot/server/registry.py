@@ -74,8 +74,6 @@ Role = Literal["volunteer", "validator"]
 NodeStatus = Literal["pending", "proving", "admitted", "quarantined", "refused", "banned"]
 
 PROOF_STEPS = 2
-REPORT_SECONDS = 1.0
-"""How often a node of a small network reports; stretched as the network grows."""
 
 
 class Register(Protocol):
@@ -510,16 +508,13 @@ class Registry:
 
     def poll_seconds(self) -> float:
         """How often each node may ask the SuperLink for messages."""
-        network = self.coordinator.config.network
         with self.coordinator.ledger.read() as session:
-            count = len(session.scalars(select(Node.node_id).where(Node.status != "banned")).all())
-        return rounds.poll_seconds(count, network.max_pulls_per_second, network.min_poll_seconds)
+            return Book(self.coordinator).poll_seconds(session, self.clock())
 
     def report(self, node_id: str, report: NodeReport) -> NodeReportReply:
         """Note what a node does, and tell it what it should know."""
         now = self.clock()
         body = canonical_bytes(report).decode("ascii")
-        poll = self.poll_seconds()
         with self.coordinator.ledger.write() as session:
             node = _node(session, node_id)
             state = session.get(NodeState, node_id)
@@ -536,6 +531,8 @@ class Registry:
                 state.report = body
             run = session.get(Run, self.coordinator.run_id)
             book = Book(self.coordinator)
+            session.flush()  # this node counts
+            poll = book.poll_seconds(session, now)
             latest = book.latest_version(session)
             head = self.statements.head(latest.version, latest.weights_digest, now)
             behind: Signed | None = None
@@ -550,7 +547,7 @@ class Registry:
             return NodeReportReply(
                 status=_status(node.status),
                 sentence=node.sentence,
-                report_seconds=max(REPORT_SECONDS, 4 * poll),
+                report_seconds=rounds.report_seconds(poll),
                 poll_seconds=poll,
                 latest_version=latest.version,
                 run_finished=run is not None and run.finished_unix is not None,

@@ -12,7 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
+
+MIN_REPORT_SECONDS: Final = 1.0
+"""How often a node of a small network reports; stretched as the network grows."""
+MISSED_REPORTS: Final = 3
+"""Reports that may be missing before a node counts as gone."""
 
 LeaseState = Literal["open", "committed", "released"]
 
@@ -109,3 +114,16 @@ def poll_seconds(nodes: int, max_pulls_per_second: float, minimum: float) -> flo
     Flower's fixed 3 s would let a SuperLink that bears 84 pulls a second hold some 250 nodes.
     """
     return max(minimum, nodes / max_pulls_per_second)
+
+
+def report_seconds(poll: float) -> float:
+    """How often a node reports to the data plane, which writes to the ledger each time."""
+    return max(MIN_REPORT_SECONDS, 4 * poll)
+
+
+def patience_seconds(lost_after: float, poll: float) -> float:
+    """How long a node may be silent before nobody waits for it: three of its reports at least.
+
+    In a large network a node is told to report less often than ``round.lost_after_seconds``.
+    """
+    return max(lost_after, MISSED_REPORTS * report_seconds(poll))

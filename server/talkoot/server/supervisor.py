@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -48,6 +49,8 @@ MAX_BACKOFF_SECONDS = 30.0
 STOP_SECONDS = 3.0
 """Parts that take longer are killed: all that they keep is crash-safe."""
 RUN_CHECK_SECONDS = 1.0
+MAX_OPEN_FILES = 65_536
+"""Each node holds two to four connections; many systems begin with 1,024 open files a process."""
 LOOP_SECONDS = 0.2
 
 
@@ -100,6 +103,14 @@ class Part:
         return lines[-1][:300] if lines else ""
 
 
+def allow_open_files(most: int) -> None:
+    """Let this process and those that it starts hold more connections, as far as they may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
 def _optional(coordinator: Coordinator) -> tuple[str, ...]:
     """Parts that the operator may switch off."""
     config = coordinator.config
@@ -118,6 +129,7 @@ class Supervisor:
     """
 
     def __init__(self, coordinator: Coordinator, say: Callable[[str], None]) -> None:
+        allow_open_files(MAX_OPEN_FILES)
         self._c = coordinator
         self._say = say
         self._stop = threading.Event()

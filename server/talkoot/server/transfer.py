@@ -447,7 +447,7 @@ def serve(
     first_word_seconds: float = FIRST_WORD_SECONDS,
     *,
     reload: Callable[[], TlsFiles | None] | None = None,
-    max_connections: int = 2048,
+    max_connections: int = 8192,
     max_connections_per_address: int | None = None,
 ) -> TransferServer:
     """Start serving on ``address`` (``host:port``); stop it with ``.stop(grace_seconds)``.
