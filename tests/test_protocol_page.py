@@ -35,13 +35,31 @@ def entries_of(numel: int, chunk: int, keep: int) -> list[tuple[int, int]]:
 
 def decode_by_the_page(blob: bytes, numel: int, chunk: int, keep: int, bits: int) -> np.ndarray:
     """The dense values of one tensor, entry by entry, in plain Python."""
-    scales_size, gaps_size = struct.unpack_from("<QQ", blob)
+    size = chunk * max(1, 2**20 // chunk)
+    sections = math.ceil(numel / size)
+    at = 8 * sections
+    parts = []
+    for number in range(sections):
+        scales, gaps = struct.unpack_from("<II", blob, 8 * number)
+        elements = min(size, numel - number * size)
+        codes = math.ceil(sum(n for _, n in entries_of(elements, chunk, keep)) * bits / 8)
+        length = 4 * 2 ** (bits - 1) + scales + gaps + codes
+        body = blob[at : at + length]
+        parts.append(section_by_the_page(body, scales, gaps, elements, chunk, keep, bits))
+        at += length
+    assert at == len(blob)
+    return np.concatenate(parts)
+
+
+def section_by_the_page(
+    body: bytes, scales_size: int, gaps_size: int, numel: int, chunk: int, keep: int, bits: int
+) -> np.ndarray:
     levels = 2 ** (bits - 1)
-    table = struct.unpack_from(f"<{levels}f", blob, 16)
-    at = 16 + 4 * levels
-    scales = zstandard.ZstdDecompressor().decompress(blob[at : at + scales_size])
-    gaps = iter(zstandard.ZstdDecompressor().decompress(blob[at + scales_size :][:gaps_size]))
-    codes = int.from_bytes(blob[at + scales_size + gaps_size :], "little")
+    table = struct.unpack_from(f"<{levels}f", body)
+    at = 4 * levels
+    scales = zstandard.ZstdDecompressor().decompress(body[at : at + scales_size])
+    gaps = iter(zstandard.ZstdDecompressor().decompress(body[at + scales_size :][:gaps_size]))
+    packed = body[at + scales_size + gaps_size :]
 
     root = math.sqrt(math.sqrt(math.sqrt(2.0)))
     out = np.zeros(numel, dtype=np.float32)
@@ -58,13 +76,14 @@ def decode_by_the_page(blob: bytes, numel: int, chunk: int, keep: int, bits: int
             while (byte := next(gaps)) == 255:
                 gap += 255
             index += gap + byte + 1
-            code = codes >> (entry * bits) & (2**bits - 1)
+            at, shift = divmod(entry * bits, 8)
+            code = int.from_bytes(packed[at : at + 2], "little") >> shift & (2**bits - 1)
             entry += 1
             magnitude = np.float32(table[code % levels] * scale)
             if index < length and magnitude >= 2.0**-126:
                 out[number * chunk + index] = -magnitude if code >= levels else magnitude
     assert next(gaps, None) is None
-    assert codes >> (entry * bits) == 0
+    assert int.from_bytes(packed, "little") >> (entry * bits) == 0
     return out
 
 
@@ -76,6 +95,8 @@ def decode_by_the_page(blob: bytes, numel: int, chunk: int, keep: int, bits: int
         (77, 4096, 64, 2),
         (1, 4096, 64, 2),
         (700, 64, 3, 8),
+        (2**20 + 5000, 4096, 64, 2),  # two sections
+        (2**20 + 100, 3000, 20, 3),  # a section is 349 whole chunks
     ],
 )
 def test_a_decoder_written_from_the_page_reads_what_the_codec_writes(
@@ -109,7 +130,7 @@ def test_a_payload_is_the_safetensors_file_that_the_page_describes(tmp_path: Pat
     data = path.read_bytes()
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
-    assert header.pop("__metadata__") == {"talkoot_codec": "1"}
+    assert header.pop("__metadata__") == {"talkoot_codec": "2"}
     assert list(header) == ["a", "b"]
     for name, entry in header.items():
         start, end = entry["data_offsets"]

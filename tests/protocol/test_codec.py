@@ -1,27 +1,32 @@
-"""Codec v1 against naive references, and against bytes that mean harm."""
+"""Codec v2 against naive references, and against bytes that mean harm."""
 
 from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import zstandard
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from talkoot.protocol import codec_bits
 from talkoot.protocol.codec import (
+    EncodedSection,
     EncodedTensor,
     SparseTensor,
+    decode_section,
     decode_tensor,
+    encode_flat,
     encode_tensor,
     encode_with_feedback,
     max_encoded_bytes,
 )
 from talkoot.protocol.codec_bits import Layout
+from talkoot.protocol.codec_encode import select_on_device, select_on_host
 from talkoot.protocol.errors import ProtocolError
 from talkoot.protocol.messages import CodecSpec
 
@@ -45,6 +50,8 @@ def sample(kind: str, numel: int, seed: int) -> torch.Tensor:
         x = x * torch.logspace(-12, 3, numel)
     elif kind == "sparse":
         x = x * (torch.rand(numel, generator=generator) < 0.01)
+    elif kind == "clustered":
+        x = x * (torch.arange(numel) % 97 < 20)
     elif kind == "zeros":
         x = torch.zeros(numel)
     elif kind == "tiny":
@@ -66,14 +73,25 @@ def naive_gap_bytes(gaps: list[int]) -> bytes:
 
 def naive_decode(encoded: EncodedTensor, spec: CodecSpec) -> dict[int, float]:
     """Read an encoded tensor one entry at a time, straight from the format's description."""
-    raw = iter(zstandard.ZstdDecompressor().decompress(encoded.gaps))
-    scales = zstandard.ZstdDecompressor().decompress(encoded.scales)
-    levels = np.frombuffer(encoded.table, "<f4").astype(np.float64)
-    grid = codec_bits.scale_grid()
-    number = int.from_bytes(encoded.codes, "little")
     found: dict[int, float] = {}
-    for chunk, start in enumerate(range(0, encoded.numel, spec.chunk)):
-        length = min(spec.chunk, encoded.numel - start)
+    size = spec.chunk * max(1, codec_bits.SECTION // spec.chunk)
+    for number, section in enumerate(encoded.sections):
+        start = number * size
+        found |= naive_section(section, start, min(size, encoded.numel - start), spec)
+    return found
+
+
+def naive_section(
+    section: EncodedSection, origin: int, numel: int, spec: CodecSpec
+) -> dict[int, float]:
+    raw = iter(zstandard.ZstdDecompressor().decompress(section.gaps))
+    scales = zstandard.ZstdDecompressor().decompress(section.scales)
+    levels = np.frombuffer(section.table, "<f4").astype(np.float64)
+    grid = codec_bits.scale_grid()
+    number = int.from_bytes(section.codes, "little")
+    found: dict[int, float] = {}
+    for chunk, start in enumerate(range(0, numel, spec.chunk)):
+        length = min(spec.chunk, numel - start)
         keep = min(length, max(1, math.ceil(spec.keep * length / spec.chunk)))
         index = -1
         for _ in range(keep):
@@ -86,10 +104,15 @@ def naive_decode(encoded: EncodedTensor, spec: CodecSpec) -> dict[int, float]:
             level = code & ((1 << (spec.value_bits - 1)) - 1)
             value = float(np.float32(levels[level] * grid[scales[chunk]]))
             if index < length and value >= 2.0**-126:
-                found[start + index] = -value if code >> (spec.value_bits - 1) else value
+                found[origin + start + index] = -value if code >> (spec.value_bits - 1) else value
     assert next(raw, None) is None
     assert number == 0
     return found
+
+
+@pytest.fixture
+def small_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec_bits, "SECTION", 512)
 
 
 @settings(max_examples=100, deadline=None)
@@ -124,6 +147,61 @@ def test_what_is_sent_is_among_the_largest_of_its_chunk_and_never_worse_than_not
     source = x[decoded.indices].double()
     assert (torch.sign(source) == torch.sign(decoded.values)).all()
     assert ((source - decoded.values.double()).abs() <= source.abs() * (1 + 1e-6)).all()
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(SPECS, KINDS, st.integers(1, 5000), st.integers(1, 3))
+def test_sections_by_any_number_of_threads_are_those_of_one_and_need_no_other(
+    small_sections: None, spec: CodecSpec, kind: str, numel: int, workers: int
+) -> None:
+    x = sample(kind, numel, numel)
+    encoded = encode_tensor(x, spec, workers=workers)
+    assert encoded == encode_tensor(x, spec, workers=1)
+    again, rest = encode_with_feedback(x, None, spec, 1.0, workers=workers)
+    assert again == encoded
+    decoded = decode_tensor(encoded, numel, spec)
+    assert torch.equal(rest, decoded.add_to_(x.clone(), alpha=-1.0))
+    assert naive_decode(encoded, spec) == dict(
+        zip(decoded.indices.tolist(), decoded.values.tolist(), strict=True)
+    )
+    for (start, elements), section in zip(
+        codec_bits.section_spans(numel, spec), encoded.sections, strict=True
+    ):
+        alone, told = encode_flat(x[start : start + elements], spec)
+        assert alone == section
+        read = decode_section(section, elements, spec)
+        assert torch.equal(read.indices, told.indices)
+        assert torch.equal(read.values, told.values)
+    assert EncodedTensor.from_bytes(encoded.to_bytes(), numel, spec) == encoded
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([1, 3, 64, 100, 512]),
+    st.sampled_from([1, 2, 9, 64]),
+    st.integers(1, 6),
+    st.sampled_from(["normal", "steps", "sparse", "clustered", "zeros"]),
+    st.integers(0, 10**6),
+)
+def test_every_device_chooses_the_largest_and_of_equal_ones_the_first(
+    length: int, keep: int, rows: int, kind: str, seed: int
+) -> None:
+    x = sample("normal" if kind == "steps" else kind, rows * length, seed).view(rows, length)
+    if kind == "steps":  # many of equal magnitude
+        x = (x * 2).round()
+    keep = min(keep, length)
+    host = select_on_host(x.numpy(), keep)
+    device = select_on_device(x, keep)
+    found = iter(host.local.tolist())
+    for row, count in enumerate(host.counts.tolist()):
+        order = sorted(range(length), key=lambda i: (-abs(float(x[row, i])), i))
+        expected = sorted(i for i in order[:keep] if x[row, i] != 0)
+        assert [next(found) for _ in range(count)] == expected
+    assert host.local.tolist() == device.local.tolist()
+    assert host.values.tolist() == device.values.tolist()
+    assert host.counts.tolist() == device.counts.tolist()
 
 
 def test_of_gaussian_data_every_chunk_sends_exactly_its_largest() -> None:
@@ -277,10 +355,12 @@ def good() -> EncodedTensor:
     return encode_tensor(sample("normal", NUMEL, 1), SPEC)
 
 
+def part() -> EncodedSection:
+    return good().sections[0]
+
+
 def replaced(**parts: bytes) -> EncodedTensor:
-    fields = dict(vars(good()))
-    fields.update(parts)
-    return EncodedTensor(**fields)
+    return EncodedTensor(NUMEL, (replace(part(), **parts),))
 
 
 def refuse(encoded: EncodedTensor) -> None:
@@ -306,8 +386,8 @@ def test_a_frame_that_hides_or_belies_its_size_is_refused() -> None:
 
 
 def test_bytes_after_a_frame_are_refused() -> None:
-    refuse(replaced(gaps=good().gaps + b"x"))
-    refuse(replaced(scales=good().scales + good().scales))
+    refuse(replaced(gaps=part().gaps + b"x"))
+    refuse(replaced(scales=part().scales + part().scales))
 
 
 @pytest.mark.parametrize(
@@ -330,11 +410,12 @@ def test_a_level_that_is_no_magnitude_is_refused(level: float) -> None:
 
 
 def test_parts_of_a_wrong_length_are_refused() -> None:
-    refuse(replaced(codes=good().codes + b"\0"))
-    refuse(replaced(codes=good().codes[:-1]))
-    refuse(replaced(table=good().table[:-4]))
+    refuse(replaced(codes=part().codes + b"\0"))
+    refuse(replaced(codes=part().codes[:-1]))
+    refuse(replaced(table=part().table[:-4]))
     refuse(replaced(scales=codec_bits.compress(b"\1\2\3")))
-    refuse(EncodedTensor(NUMEL + 1, good().gaps, good().codes, good().scales, good().table))
+    refuse(EncodedTensor(NUMEL + 1, good().sections))
+    refuse(EncodedTensor(NUMEL, good().sections * 2))
 
 
 @settings(max_examples=400, deadline=None)

@@ -105,14 +105,14 @@ def test_another_codec_version_or_spec_is_refused(tmp_path: Path) -> None:
     for other in SPECS[1:]:
         with pytest.raises(ProtocolError):
             verify_payload(path, manifest, other)
-    path.write_bytes(path.read_bytes().replace(b'"talkoot_codec":"1"', b'"talkoot_codec":"2"'))
+    path.write_bytes(path.read_bytes().replace(b'"talkoot_codec":"2"', b'"talkoot_codec":"1"'))
     with pytest.raises(VersionError, match="codec version"):
         PayloadReader(path, manifest, SPEC)
 
 
 def test_a_file_of_other_dtypes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
-    save_file(delta(), path, metadata={"talkoot_codec": "1"})
+    save_file(delta(), path, metadata={"talkoot_codec": "2"})
     with pytest.raises(ProtocolError, match="byte tensor"):
         PayloadReader(path, manifest_of(delta().items()), CodecSpec(kind="dense"))
 

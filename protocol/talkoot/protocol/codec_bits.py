@@ -1,4 +1,4 @@
-"""The integer half of codec v1: gaps, bit packing, level tables and bounded decompression.
+"""The integer half of codec v2: sections, gaps, bit packing, level tables, bounded decompression.
 
 NumPy only. What is decoded here came from a stranger: every function that reads bytes is told how
 many there may be, and raises :class:`ProtocolError` with the code ``payload-malformed`` before it
@@ -8,7 +8,9 @@ allocates more than that.
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -19,23 +21,30 @@ from talkoot.protocol.errors import ProtocolError
 from talkoot.protocol.messages import CodecSpec
 
 U8 = npt.NDArray[np.uint8]
+I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
+SECTION: Final = 2**20
+"""Elements that are coded together, rounded down to whole chunks: a tensor of any size is coded in
+memory for one section (ADR 13)."""
 ESCAPE: Final = 255
 """A gap byte of 255 means: add 255 and read on."""
-ZSTD_LEVEL: Final = 3
+ZSTD_LEVEL: Final = 1
 """Gaps are noise with a skewed distribution: only the entropy coder gains, so levels 1 to 19 give
-the same 7.44 bits an index, and low ones are fast."""
+the same 7.44 bits an index, and the first is the fastest."""
 OCTAVE_STEPS: Final = 8
 """Steps of the chunk scale grid to a factor of two."""
 SMALLEST_NORMAL: Final = 2.0**-126
 
-_BINS_PER_OCTAVE: Final = 1024
+_BIN_SHIFT: Final = 17
+"""The level histogram has 2**(23 - 17) bins an octave: the top bits of an fp32 are the bin."""
 _OCTAVES: Final = 16
-"""The level histogram spans 2**-16 … 2**16 around the chunk scale."""
-_LLOYD_STEPS: Final = 32
+"""It spans 2**-16 … 2**16 around the chunk scale."""
+_LLOYD_STEPS: Final = 16
+_LOCAL = threading.local()
 
 
 def malformed(what: str) -> ProtocolError:
@@ -43,9 +52,22 @@ def malformed(what: str) -> ProtocolError:
     return ProtocolError(f"Malformed payload: {what}.", code="payload-malformed")
 
 
+def section_elements(spec: CodecSpec) -> int:
+    """Elements of every section but a tensor's last."""
+    if spec.kind == "dense":
+        return SECTION
+    return spec.chunk * max(1, SECTION // spec.chunk)
+
+
+def section_spans(numel: int, spec: CodecSpec) -> list[tuple[int, int]]:
+    """(start, elements) of each section of a flat tensor."""
+    step = section_elements(spec)
+    return [(start, min(step, numel - start)) for start in range(0, numel, step)]
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How a flat tensor of ``numel`` elements falls into chunks under a top-k spec.
+    """How a section of ``numel`` elements falls into chunks under a top-k spec.
 
     ``full`` chunks have ``chunk`` elements and ``keep`` entries each; when ``tail`` is not 0 one
     last chunk has ``tail`` elements and ``tail_keep`` entries.
@@ -98,7 +120,12 @@ def compress_bound(size: int) -> int:
 
 def compress(raw: bytes) -> bytes:
     """One zstd frame that states its content size."""
-    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True).compress(raw)
+    context = getattr(_LOCAL, "compressor", None)
+    if context is None:  # one a thread: a context is not to be shared
+        context = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
+        _LOCAL.compressor = context
+    made: bytes = context.compress(raw)
+    return made
 
 
 def decompress(data: bytes, *, low: int, high: int, what: str) -> U8:
@@ -110,9 +137,10 @@ def decompress(data: bytes, *, low: int, high: int, what: str) -> U8:
         stated = zstandard.get_frame_parameters(data).content_size
         if not low <= stated <= high:
             raise malformed(f"{what} would decompress to {stated} bytes, not {low} to {high}")
-        raw = zstandard.ZstdDecompressor().decompress(
-            data, max_output_size=max(1, stated), allow_extra_data=False
-        )
+        context = getattr(_LOCAL, "decompressor", None)
+        if context is None:
+            context = _LOCAL.decompressor = zstandard.ZstdDecompressor()
+        raw = context.decompress(data, max_output_size=max(1, stated), allow_extra_data=False)
     except zstandard.ZstdError as err:
         raise malformed(f"{what} is not a zstd frame") from err
     if len(raw) != stated:
@@ -120,22 +148,26 @@ def decompress(data: bytes, *, low: int, high: int, what: str) -> U8:
     return np.frombuffer(raw, dtype=np.uint8)
 
 
-def encode_gaps(gaps: I64) -> U8:
+def encode_gaps(gaps: I32) -> U8:
     """Bytes of non-negative gaps: ``gap // 255`` bytes of 255, then ``gap % 255``."""
+    if gaps.size == 0 or int(gaps.max()) < ESCAPE:
+        return gaps.astype(np.uint8)
     escapes, rest = np.divmod(gaps, ESCAPE)
     ends = np.cumsum(escapes + 1)
-    out = np.full(int(ends[-1]) if ends.size else 0, ESCAPE, dtype=np.uint8)
+    out = np.full(int(ends[-1]), ESCAPE, dtype=np.uint8)
     out[ends - 1] = rest
     return out
 
 
-def decode_gaps(raw: U8, entries: int) -> I64:
+def decode_gaps(raw: U8, entries: int) -> I32:
     """Inverse of :func:`encode_gaps` for exactly ``entries`` gaps."""
+    if raw.size == entries and (entries == 0 or int(raw.max()) < ESCAPE):
+        return raw.astype(np.int32)
     ends = np.flatnonzero(raw != ESCAPE)
     if ends.size != entries or (entries > 0 and int(ends[-1]) != raw.size - 1):
         raise malformed(f"the gaps do not hold {entries} indices")
     escapes = np.diff(ends, prepend=-1) - 1
-    gaps: I64 = raw[ends].astype(np.int64) + ESCAPE * escapes
+    gaps: I32 = (raw[ends] + ESCAPE * escapes).astype(np.int32)
     return gaps
 
 
@@ -143,6 +175,15 @@ def pack_codes(codes: U8, bits: int) -> bytes:
     """Pack codes of ``bits`` bits each, the first in the lowest bits of the first byte."""
     if bits == 8:
         return codes.tobytes()
+    per_byte, odd = divmod(8, bits)
+    if odd == 0:
+        if codes.size % per_byte:
+            codes = np.concatenate([codes, np.zeros(-codes.size % per_byte, np.uint8)])
+        lanes = codes.reshape(-1, per_byte)
+        packed = lanes[:, 0].copy()
+        for lane in range(1, per_byte):
+            packed |= lanes[:, lane] << np.uint8(bits * lane)
+        return packed.tobytes()
     planes = (codes[:, None] >> np.arange(bits, dtype=np.uint8)) & 1
     return np.packbits(planes.reshape(-1), bitorder="little").tobytes()
 
@@ -152,17 +193,28 @@ def unpack_codes(packed: bytes, entries: int, bits: int) -> U8:
     if len(packed) != (entries * bits + 7) // 8:
         raise malformed(f"{len(packed)} bytes of codes for {entries} values of {bits} bits")
     raw = np.frombuffer(packed, dtype=np.uint8)
+    spare = 8 * len(packed) - entries * bits
+    if spare and raw[-1] >> (8 - spare):
+        raise malformed("bits after the last code are not zero")
     if bits == 8:
         return raw
+    if 8 % bits == 0:
+        return _lanes(bits)[raw].reshape(-1)[:entries]
     planes = np.unpackbits(raw, bitorder="little")
-    if planes[entries * bits :].any():
-        raise malformed("bits after the last code are not zero")
     weights = (1 << np.arange(bits)).astype(np.uint8)
     by_code = planes[: entries * bits].reshape(entries, bits) * weights
     codes: U8 = by_code.sum(axis=1, dtype=np.uint8)
     return codes
 
 
+@cache
+def _lanes(bits: int) -> U8:
+    """(256, 8 / bits): the codes in each byte."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+
+
+@cache
 def scale_grid() -> F64:
     """The 256 chunk scales: ``2 ** ((b - 255) / 8)``, and 0 for ``b == 0``.
 
@@ -180,45 +232,71 @@ def scale_grid() -> F64:
     return grid
 
 
-def value_lookup(table: F32, bits: int) -> F32:
-    """All values that a tensor can take: (256, 2**bits) fp32, by chunk scale and by code.
+def values_of(scales: U8, table: F32, codes: U8, bits: int) -> F32:
+    """The fp32 values of (chunks, keep) codes, given each chunk's scale byte and the levels.
 
-    The code's top bit is the sign, the rest is the level. A product below the smallest normal
-    number is 0, so that a device which flushes subnormals decodes the same bits.
+    A code's top bit is the sign, the rest is the level. A product below the smallest normal number
+    is 0, so that a device which flushes subnormals decodes the same bits.
     """
-    magnitude = (scale_grid()[:, None] * table.astype(np.float64)).astype(np.float32)
+    scale = scale_grid()[scales][:, None]
+    levels = table.astype(np.float64)
+    chunks, keep = codes.shape
+    if 2 * levels.size > keep:  # few entries a chunk: one product an entry
+        level = codes & np.uint8(levels.size - 1)
+        magnitude = (scale * levels[level]).astype(np.float32)
+        magnitude[magnitude < SMALLEST_NORMAL] = 0.0
+        signed: F32 = np.where(codes >> np.uint8(bits - 1), -magnitude, magnitude)
+        return signed
+    magnitude = (scale * levels).astype(np.float32)  # (chunks, levels)
     magnitude[magnitude < SMALLEST_NORMAL] = 0.0
-    return np.concatenate([magnitude, -magnitude], axis=1)
+    each = np.concatenate([magnitude, -magnitude], axis=1).reshape(-1)
+    rows = np.arange(0, chunks << bits, 1 << bits, dtype=np.int32)[:, None]
+    values: F32 = each[rows + codes]
+    return values
 
 
-def fit_levels(normalized: F64, count: int) -> F64:
+@cache
+def _bin_centres() -> F64:
+    """The middle of each bin of the level histogram, ascending."""
+    first = (127 - _OCTAVES) << (23 - _BIN_SHIFT)
+    edges = np.arange(first, first + (2 * _OCTAVES << (23 - _BIN_SHIFT)) + 1, dtype=np.uint32)
+    bounds = (edges << np.uint32(_BIN_SHIFT)).view(np.float32).astype(np.float64)
+    return (bounds[:-1] + bounds[1:]) / 2
+
+
+def fit_levels(normalized: F32, count: int) -> F64:
     """``count`` ascending levels for positive magnitudes, beside a fixed level 0 ("not sent").
 
-    Lloyd-Max (S. Lloyd, "Least squares quantization in PCM", 1982) over an integer histogram of
-    the logarithm: deterministic, and of the same cost for any number of magnitudes.
+    Lloyd-Max (S. Lloyd, "Least squares quantization in PCM", 1982) over a histogram of the top
+    bits of the magnitudes: deterministic, and of the same cost for any number of them.
     """
-    half = _OCTAVES * _BINS_PER_OCTAVE
-    bins = np.floor(np.log2(normalized) * _BINS_PER_OCTAVE).astype(np.int64)
-    histogram = np.bincount(np.clip(bins + half, 0, 2 * half - 1), minlength=2 * half)
-    centres = np.exp2((np.arange(2 * half) - half + 0.5) / _BINS_PER_OCTAVE)
+    centres = _bin_centres()
+    size = centres.size
+    bins = (normalized.view(np.uint32) >> np.uint32(_BIN_SHIFT)).astype(np.int64)
+    bins -= (127 - _OCTAVES) << (23 - _BIN_SHIFT)
+    bins = np.clip(bins, 0, size - 1)
+    histogram = np.bincount(bins, minlength=size).astype(np.float64)
+    sums = np.bincount(bins, weights=normalized, minlength=size)
+    used = np.flatnonzero(histogram)
+    centres, histogram, sums = centres[used], histogram[used], sums[used]
     # cumsum adds in order on every machine, unlike sum: the fit is the same everywhere.
-    number = np.concatenate([[0.0], np.cumsum(histogram.astype(np.float64))])
-    mass = np.concatenate([[0.0], np.cumsum(histogram * centres)])
+    number = np.concatenate([[0.0], np.cumsum(histogram)])
+    mass = np.concatenate([[0.0], np.cumsum(sums)])
     # Levels of least squared error lie about as dense as the cube root of the density (P. Panter
     # and W. Dite, "Quantization distortion in pulse-count modulation", 1951): start there.
-    density = np.cumsum(np.cbrt(histogram.astype(np.float64)))
+    density = np.cumsum(np.cbrt(histogram))
     quantiles = (np.arange(count) + 0.5) / count * density[-1]
-    levels: F64 = centres[np.minimum(np.searchsorted(density, quantiles), 2 * half - 1)]
+    levels: F64 = centres[np.minimum(np.searchsorted(density, quantiles), centres.size - 1)]
+    before = None
     for _ in range(_LLOYD_STEPS):
-        edges = np.searchsorted(centres, cell_edges(levels))
-        first, last = edges, np.append(edges[1:], 2 * half)
-        members = number[last] - number[first]
-        means = (mass[last] - mass[first]) / np.maximum(members, 1.0)
-        # A level that nobody uses stays where it is; sorting keeps the cells well formed.
-        moved = np.sort(np.where(members > 0, means, levels))
-        if np.array_equal(moved, levels):
+        cuts = np.append(np.searchsorted(centres, cell_edges(levels)), centres.size)
+        if before is not None and np.array_equal(cuts, before):
             break
-        levels = moved
+        before = cuts
+        members = np.diff(number[cuts])
+        means = np.diff(mass[cuts]) / np.maximum(members, 1.0)
+        # A level that nobody uses stays where it is; sorting keeps the cells well formed.
+        levels = np.sort(np.where(members > 0, means, levels))
     return levels
 
 

@@ -43,10 +43,11 @@ class Entry:
     """Bytes."""
 
 
-def build_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+def build_header(entries: Sequence[Entry], metadata: Mapping[str, str], *, room: int = 0) -> bytes:
     """The length and the header of a file that holds ``entries`` in this order, without holes.
 
-    Raises :class:`ProtocolError` when the header would be over its cap.
+    It has at least ``room`` bytes; what it doesn't need of them is spaces. Raises
+    :class:`ProtocolError` when the header would be over its cap.
     """
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
@@ -59,6 +60,7 @@ def build_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes
         offset += entry.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     text += b" " * (-len(text) % _ALIGNMENT)
+    text = text.ljust(room - _LENGTH.size)
     if len(text) > limits.MAX_SAFETENSORS_HEADER:
         raise ProtocolError(
             f"A safetensors header of {len(text)} bytes is over the cap of "
@@ -109,9 +111,14 @@ class TensorFile:
         position = self._names[name]
         return self._spans[2 * position], self._spans[2 * position + 1]
 
-    def read(self, name: str) -> npt.NDArray[np.uint8]:
-        """The bytes of one tensor, in memory of their own."""
-        start, length = self.span(name)
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> npt.NDArray[np.uint8]:
+        """The bytes of one tensor, or ``length`` of them from ``offset`` on, in own memory."""
+        start, size = self.span(name)
+        if length is None:
+            length = size - offset
+        if not 0 <= offset <= offset + length <= size:
+            raise ValueError(f"{length} bytes from {offset} on are not in a tensor of {size}")
+        start += offset
         data = np.empty(length, dtype=np.uint8)
         view, done = data.data, 0
         try:

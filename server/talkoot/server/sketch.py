@@ -92,7 +92,7 @@ class Sketcher:
 
 
 def examine(path: Path, manifest: Manifest, spec: CodecSpec, key: bytes) -> Examination:
-    """Decode a payload once, tensor by tensor, and check every index and value on the way.
+    """Decode a payload once, section by section, and check every index and value on the way.
 
     Raises:
         ProtocolError: it must not be aggregated; see ``payload.verify_payload``.
@@ -102,17 +102,18 @@ def examine(path: Path, manifest: Manifest, spec: CodecSpec, key: bytes) -> Exam
     reader = PayloadReader(path, manifest, spec)
     sketcher = Sketcher(key)
     squares = np.zeros(len(manifest.tensors), dtype=np.float64)
-    largest, count, offset = 0.0, 0, 0
-    for number, tensor in enumerate(manifest.tensors):
-        sparse = reader.decode(tensor.name)
+    origins = np.cumsum([0] + [tensor.numel for tensor in manifest.tensors])
+    largest, count = 0.0, 0
+    sums: list[float] = []
+    for number, start, sparse in reader.decode_sections():
         values = sparse.values.numpy()
-        squares[number] = sparse.sum_of_squares()
+        sums.append(sparse.sum_of_squares())
+        squares[number] += sums[-1]
         if values.size:
             largest = max(largest, float(np.abs(values).max()))
-            sketcher.add(sparse.indices.numpy() + offset, values)
+            sketcher.add(sparse.indices.numpy() + (origins[number] + start), values)
         count += values.size
-        offset += tensor.numel
-    total = float(squares.sum())
+    total = math.fsum(sums)  # as verify_payload has it
     return Examination(
         l2_norm=math.sqrt(total),
         largest=largest,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from talkoot.protocol.console import run
+from talkoot.sims.cli_compare import compare, published
 from talkoot.sims.cli_plan import plan
 from talkoot.sims.cli_scenario import scenarios
 
@@ -180,6 +181,7 @@ def attacks(
     work: Annotated[
         Path | None, typer.Option(help="The networks' files; /dev/shm/… saves the disk's time.")
     ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Again for more; 0.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print attacks.json at the end.")] = False,
 ) -> None:
     """Set liars of many kinds on the real coordinator, with its defences and without.
@@ -198,6 +200,7 @@ def attacks(
         (work or out / "work").absolute(),
         QUICK if quick else FULL,
         lambda line: typer.echo(line, err=True),
+        seeds=seed or [0],
     )
     plot(data, out / "attacks.png")
     typer.echo(json.dumps(data, indent=1) if as_json else table(data))
@@ -205,6 +208,8 @@ def attacks(
 
 app.command()(scenarios)
 app.command()(plan)
+app.command()(compare)
+app.command()(published)
 
 
 def main() -> None:

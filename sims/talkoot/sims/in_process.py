@@ -209,10 +209,15 @@ class InProcessCoordinator:
 
     # Nodes ----------------------------------------------------------------------------------------
 
-    def enrol(self, home: Home, name: str, *, admitted: bool = True) -> Enrolment:
-        """Enrol a node and, unless it shall prove itself, admit it on the operator's word."""
+    def enrol(
+        self, home: Home, name: str, *, admitted: bool = True, key: NodeKey | None = None
+    ) -> Enrolment:
+        """Enrol a node and, unless it shall prove itself, admit it on the operator's word.
+
+        ``key`` instead of a fresh one repeats a network: leases follow from node ids.
+        """
         home.create()
-        key = NodeKey.generate()
+        key = key or NodeKey.generate()
         key.save(home.key)
         network = self.coordinator.config.network
         reply = self.registry.enrol(

@@ -219,13 +219,15 @@ def forge_nan(coordinator: Coordinator, situation: Situation, path: Path) -> boo
     codec = coordinator.spec.uplink
     noise = generator(situation, 1)
 
-    def poisoned() -> Iterator[tuple[str, EncodedTensor]]:
+    def tensors() -> Iterator[tuple[str, EncodedTensor]]:
         for tensor in coordinator.manifest.tensors:
             encoded = encode_tensor(torch.randn(tensor.numel, generator=noise), codec)
-            levels = np.full(len(encoded.table) // 4, np.nan, dtype="<f4")
-            yield tensor.name, replace(encoded, table=levels.tobytes())
+            first, *others = encoded.sections
+            levels = np.full(len(first.table) // 4, np.nan, dtype="<f4")
+            poisoned = replace(first, table=levels.tobytes())
+            yield tensor.name, replace(encoded, sections=(poisoned, *others))
 
-    _write(coordinator, path, poisoned())
+    _write(coordinator, path, tensors())
     return True
 
 

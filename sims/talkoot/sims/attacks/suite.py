@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from typing import Any, Final
 
 from talkoot.protocol.files import write_atomic
 from talkoot.server.config import parse_config
-from talkoot.server.setup import init
+from talkoot.server.setup import Identity, init
 from talkoot.server.standing import false_quarantine
 from talkoot.sims.attacks.kinds import KINDS, Actor, liars, odd_ones
-from talkoot.sims.attacks.stage import Stage
+from talkoot.sims.attacks.stage import Stage, key_of
 
 HONEST_NODES: Final = 6
 LIARS: Final = 2
@@ -93,7 +94,8 @@ checkpoint_every = 100
 [network]
 bind = "127.0.0.1"
 """)
-    init(state, config, say=lambda _line: None)
+    identity = Identity(key_of(seed, "coordinator"), f"attacks-{seed}")  # leases follow from it
+    init(state, config, say=lambda _line: None, identity=identity)
     return state
 
 
@@ -140,61 +142,75 @@ def arms_of(size: Size) -> list[tuple[str, bool]]:
 
 
 def run_suite(
-    out: Path, work: Path, size: Size, say: Callable[[str], None], *, seed: int = 0
+    out: Path, work: Path, size: Size, say: Callable[[str], None], *, seeds: Sequence[int] = (0,)
 ) -> dict[str, Any]:
-    """All arms that are missing, then the figures."""
+    """All arms that are missing, seed by seed, then the figures."""
     done = out / "arms"
     done.mkdir(parents=True, exist_ok=True)
-    state = make_state(work / "made", size, seed)
-    for arm, defended in arms_of(size):
-        name = f"{arm.replace(' ', '-')}-{'defended' if defended else 'plain'}"
-        path = done / f"{name}.json"
-        claim = done / f"{name}.begun"
-        if path.is_file():
-            continue
-        try:
-            claim.open("x").close()  # another process of this suite has it if this fails
-        except FileExistsError:
-            continue
-        try:
-            found = run_arm(state, work / name, arm, size, defended=defended)
-            write_atomic(path, json.dumps(found, indent=1).encode())
-        finally:
-            claim.unlink()
-        said = "with defences" if defended else "plain mean"
-        say(f"{arm}, {said}: held-out loss {found['final_loss']:.3f}")
+    for seed in seeds:
+        state = make_state(work / f"made-{seed}", size, seed)
+        for arm, defended in arms_of(size):
+            name = f"{arm.replace(' ', '-')}-{'defended' if defended else 'plain'}-{seed}"
+            path = done / f"{name}.json"
+            claim = done / f"{name}.begun"
+            if path.is_file():
+                continue
+            try:
+                claim.open("x").close()  # another process of this suite has it if this fails
+            except FileExistsError:
+                continue
+            try:
+                found = run_arm(state, work / name, arm, size, defended=defended) | {"seed": seed}
+                write_atomic(path, json.dumps(found, indent=1).encode())
+            finally:
+                claim.unlink()
+            said = "with defences" if defended else "plain mean"
+            say(f"{arm}, {said}, seed {seed}: held-out loss {found['final_loss']:.3f}")
     return summarise(out, size)
 
 
 def summarise(out: Path, size: Size) -> dict[str, Any]:
-    """The figures of all arms that are done, also as ``attacks.json``."""
+    """The figures of all arms that are done, also as ``attacks.json``.
+
+    An arm is held against the honest run of its own seed, and these ratios are averaged: seeds
+    differ more among themselves than arms of one seed do.
+    """
     found = [json.loads(path.read_bytes()) for path in sorted((out / "arms").glob("*.json"))]
-    by_arm = {(one["arm"], one["defended"]): one for one in found}
-    honest = by_arm[("honest only", True)]["final_loss"]
+    by_arm = {(one["arm"], one["defended"], one["seed"]): one for one in found}
+    honest = {s: one["final_loss"] for (a, _, s), one in by_arm.items() if a == "honest only"}
     rows = []
     for kind in size.kinds:
-        defended = by_arm.get((kind, True))
-        if defended is None:
+        arms = [by_arm[kind, True, s] for s in honest if (kind, True, s) in by_arm]
+        if not arms:
             continue
-        plain = by_arm.get((kind, False))
-        bad = {n: s for n, s in defended["nodes"].items() if not s["honest"]}
-        ratio = defended["final_loss"] / honest - 1
+        plain = [by_arm[kind, False, s] for s in honest if (kind, False, s) in by_arm]
+        bad = [s for one in arms for s in one["nodes"].values() if not s["honest"]]
+        liars_names = {n for one in arms for n, s in one["nodes"].items() if not s["honest"]}
+        ratios = [one["final_loss"] / honest[one["seed"]] - 1 for one in arms]
+        above = statistics.fmean(ratios)
         rows.append(
             {
                 "attack": kind,
+                "seeds": len(arms),
                 "liars": len(bad),
-                "honest_only": honest,
-                "defended": defended["final_loss"],
-                "plain_mean": plain["final_loss"] if plain is not None else None,
-                "above_honest_only": ratio,
-                "within_bar": ratio <= BAR,
-                "liars_quarantined": sum(s["standing"] == "quarantined" for s in bad.values()),
+                "honest_only": statistics.fmean(honest[one["seed"]] for one in arms),
+                "defended": statistics.fmean(one["final_loss"] for one in arms),
+                "plain_mean": (
+                    statistics.fmean(one["final_loss"] for one in plain) if plain else None
+                ),
+                "above_honest_only": above,
+                "above_by_seed": ratios,
+                "within_bar": above <= BAR,
+                "liars_quarantined": sum(s["standing"] == "quarantined" for s in bad),
                 "honest_quarantined": sum(
                     s["standing"] == "quarantined" and s["honest"]
-                    for s in defended["nodes"].values()
+                    for one in arms
+                    for s in one["nodes"].values()
                 ),
-                "verdicts": _sum([defended["verdicts"].get(n, {}) for n in bad]),
-                "judged": _sum([s["judged"] for s in bad.values()]),
+                "verdicts": _sum(
+                    [one["verdicts"].get(n, {}) for one in arms for n in sorted(liars_names)]
+                ),
+                "judged": _sum([s["judged"] for s in bad]),
             }
         )
     everybody = [
@@ -203,12 +219,13 @@ def summarise(out: Path, size: Size) -> dict[str, Any]:
     judged = sum(sum(s["judged"].values()) for s in everybody)
     aside = sum(s["judged"].get("set-aside", 0) for s in everybody)
     lost = sum(s["standing"] == "quarantined" for s in everybody)
-    odd = by_arm.get(("odd but honest", True))
+    odd = [one for one in found if one["arm"] == "odd but honest" and one["defended"]]
     data = {
-        "format": 1,
+        "format": 2,
         "rounds": size.rounds,
-        "parameters": by_arm[("honest only", True)]["parameters"],
+        "parameters": found[0]["parameters"],
         "bar": BAR,
+        "seeds": sorted(honest),
         "attacks": rows,
         "honest_nodes": {
             "nodes": len(everybody),
@@ -218,7 +235,7 @@ def summarise(out: Path, size: Size) -> dict[str, Any]:
             "agreements": sorted(a for s in everybody for a in s["agreements"]),
             "false_quarantine_in_1000_rounds": false_quarantine(aside / max(judged, 1), 1000),
         },
-        "odd": odd["nodes"] if odd is not None else {},
+        "odd": {f"{name} ({one['seed']})": s for one in odd for name, s in one["nodes"].items()},
     }
     write_atomic(out / "attacks.json", json.dumps(data, indent=1).encode())
     return data
@@ -266,7 +283,9 @@ def table(data: Mapping[str, Any]) -> str:
     ]
     for row in data["attacks"]:
         plain = "—" if row["plain_mean"] is None else f"{row['plain_mean']:.3f}"
-        mark = "" if row["within_bar"] else " (over the bar)"
+        spread = max(row["above_by_seed"]) - min(row["above_by_seed"])
+        mark = "" if row["seeds"] == 1 else f" (spread {spread:.1%})"
+        mark += "" if row["within_bar"] else ", over the bar"
         lines.append(
             f"| {row['attack']} | {row['honest_only']:.3f} | {row['defended']:.3f} | "
             f"{row['above_honest_only']:+.1%}{mark} | {plain} | "

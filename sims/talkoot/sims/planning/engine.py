@@ -32,8 +32,6 @@ RETRY_SECONDS: Final = 60.0
 """How often the engine looks for nodes while there are too few."""
 MAX_DAYS: Final = 400.0
 """Of virtual time, when a scenario only says how many rounds."""
-ROUND_NOISE: Final = 0.03
-"""Standard deviation of a node's speed from round to round (what else its owner does)."""
 JOINING: Final = -1
 """Version of a node that has no replica yet."""
 
@@ -67,8 +65,7 @@ class Engine:
         self.version[self.fleet.waiting] = JOINING
         self.catching = np.zeros(self.fleet.count, dtype=np.bool_)
         # The proof of admission has measured every node once.
-        noise = np.exp(ROUND_NOISE * self.rng.standard_normal(self.fleet.count))
-        self.measured: F64 = self.fleet.speed * noise
+        self.measured: F64 = self._speeds_of(np.arange(self.fleet.count))
         self.newest = 0
         self.outages: list[tuple[float, float]] = []
         self.account = Account(scenario, self.fits, self.fleet, self.sizes, keep_events)
@@ -221,8 +218,7 @@ class Engine:
         wait = size / np.minimum(self.down[members], rate) + 4 * self.fleet.latency[members]
         work = lines.online_seconds(members, now) + wait + behind * sizes.apply_seconds
         fetched = self._defer(lines.when(members, work))
-        noise = np.exp(ROUND_NOISE * self.rng.standard_normal(len(members)))
-        self._speeds = self.fleet.speed[members] * noise
+        self._speeds = self._speeds_of(members)
         work = self._work_at(members, fetched, work) + tokens / self._speeds
         trained = lines.when(members, work)
         work = work + sizes.encode_seconds
@@ -235,6 +231,11 @@ class Engine:
         share = self._own_share(float(np.minimum(self.down[members], rate).sum()))
         self.account.moved(0.0, float(size.sum()), float(size.sum()) * share)
         return Course(members, tokens, fetched, trained, encoded, pushed, arrived)
+
+    def _speeds_of(self, nodes: I64) -> F64:
+        """Tokens a second in one round: a node's own speed, and what disturbs it this time."""
+        noise = self.fleet.noise[nodes] * self.rng.standard_normal(len(nodes))
+        return self.fleet.speed[nodes] * np.exp(noise)
 
     def _work_at(self, nodes: I64, moments: F64, otherwise: F64) -> F64:
         """Online seconds at ``moments``; inf stays never."""

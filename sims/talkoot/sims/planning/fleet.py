@@ -55,6 +55,7 @@ class Fleet:
         speeds = np.array([fit.tokens_per_second for fit in fits])[self.kind]
         self.speed: F64 = speeds * np.exp(sigma * spread - sigma**2 / 2)
         """(nodes,) tokens a second with the recipe that fits; 0 where none does."""
+        self.noise: F64 = np.array([entry.speed_noise for entry in scenario.population])[self.kind]
         links = [fit.node_class.link for fit in fits]
         self.up: F64 = np.array([link.up_mbit for link in links])[self.kind] * MBIT
         self.down: F64 = np.array([link.down_mbit for link in links])[self.kind] * MBIT

@@ -135,6 +135,8 @@ class Population(_Part):
     """Measured; None derives it from the device's throughput and the model's size."""
     speed_spread: Annotated[float, Field(ge=0, le=2)] = 0.1
     """Between nodes of the class: standard deviation of the logarithm of their speed."""
+    speed_noise: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """The same for one node from round to round: what else its owner does."""
     up_mbit: Positive | None = None
     down_mbit: Positive | None = None
     latency_ms: NotNegative | None = None

@@ -1,0 +1,1 @@
+"""Runs and plans beside each other, with a band over their seeds."""
