@@ -163,7 +163,7 @@ def test_it_finds_a_flipped_bit_and_a_missing_file_in_the_store(played: Path, qu
     assert "missing-artifact" in codes(Auditor(played).audit())
 
 
-@pytest.mark.parametrize("name", ["published", "master"])
+@pytest.mark.parametrize("name", ["published", "feedback"])
 def test_it_finds_a_torn_file_of_the_newest_version(played: Path, name: str) -> None:
     path = played / "versions" / "v00000002" / f"{name}.safetensors"
     whole = path.read_bytes()

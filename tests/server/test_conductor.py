@@ -278,7 +278,7 @@ def test_a_half_written_version_of_a_dead_loop_is_replaced(stage: Stage) -> None
     versions = stage.site.coordinator.state.versions
     for name in ("v00000001", ".v00000001.partial"):
         (versions / name).mkdir()
-        (versions / name / "master.safetensors").write_bytes(b"half")
+        (versions / name / "feedback.safetensors").write_bytes(b"half")
     while stage.version().version < 1:
         stage.conductor.step()
     with WeightsReader(

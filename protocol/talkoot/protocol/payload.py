@@ -178,12 +178,7 @@ class PayloadReader:
 
     def decode(self, name: str, device: torch.device | str = "cpu") -> SparseTensor:
         """The values of one tensor. Raises :class:`ProtocolError` when its bytes make no sense."""
-        sections = self.sections(name)
-        return joined(
-            [sections.decode(number) for number in range(len(sections))],
-            [start for start, _ in sections.spans],
-            device,
-        )
+        return self.sections(name).decode_all(device)
 
     def decode_sections(self) -> Iterator[tuple[int, int, SparseTensor]]:
         """All values, section by section, in manifest order: number of the tensor, first element of
@@ -249,6 +244,11 @@ class TensorSections:
     def decode(self, number: int) -> SparseTensor:
         """The values of one section, at positions inside it."""
         return decode_section(self.encoded(number), self.spans[number][1], self._spec)
+
+    def decode_all(self, device: torch.device | str = "cpu") -> SparseTensor:
+        """The values of the whole tensor."""
+        parts = [self.decode(number) for number in range(len(self))]
+        return joined(parts, [start for start, _ in self.spans], device)
 
 
 def verify_payload(path: Path, manifest: Manifest, spec: CodecSpec) -> PayloadFacts:

@@ -113,25 +113,28 @@ class TensorFile:
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> npt.NDArray[np.uint8]:
         """The bytes of one tensor, or ``length`` of them from ``offset`` on, in own memory."""
-        start, size = self.span(name)
         if length is None:
-            length = size - offset
-        if not 0 <= offset <= offset + length <= size:
-            raise ValueError(f"{length} bytes from {offset} on are not in a tensor of {size}")
-        start += offset
+            length = self.span(name)[1] - offset
         data = np.empty(length, dtype=np.uint8)
+        self.read_into(name, offset, data)
+        return data
+
+    def read_into(self, name: str, offset: int, data: npt.NDArray[np.uint8]) -> None:
+        """Fill ``data`` with the bytes of a tensor from ``offset`` on; any thread may."""
+        start, size = self.span(name)
+        if not 0 <= offset <= offset + data.size <= size:
+            raise ValueError(f"{data.size} bytes from {offset} on are not in a tensor of {size}")
         view, done = data.data, 0
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(start)
-                while done < length:
+                file.seek(start + offset)
+                while done < data.size:
                     got = file.readinto(view[done:])
                     if not got:
                         raise self._wrong(f"it ends inside {name}")
                     done += got
         except OSError as err:
             raise explain_os_error(err, "reading tensors", self.path) from err
-        return data
 
     def wrong_entry(self, name: str, what: str) -> ProtocolError:
         """The error for an entry that is not what the manifest says."""

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,15 +43,18 @@ _TORCH_DTYPE: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class WeightsWriter:
     """Write dense weights one tensor at a time; the file appears whole or not at all.
 
-    Use as a context manager and :meth:`add` every tensor of the manifest once, in any order. The
-    digest is computed on the way. Leaving the block with a tensor missing raises
-    :class:`ProtocolError` and leaves no file; a full disk raises :class:`CapacityError`.
+    Use as a context manager and :meth:`add` every tensor of the manifest once, in any order; or in
+    parts, with :meth:`put` (any order, any thread) and :meth:`digest_next` (in order). The digest
+    is computed on the way. Leaving the block with a tensor missing raises :class:`ProtocolError`
+    and leaves no file; a full disk raises :class:`CapacityError`.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
         self._manifest = manifest
-        self._table: dict[str, str] = {}
+        self._hashes: dict[str, Any] = {}  # SHA-256 of each tensor, as tensor_digest has it
+        self._left = {spec.name: spec.size_bytes for spec in manifest.tensors}
+        self._lock = threading.Lock()
         self._stack = contextlib.ExitStack()
         self._file: BinaryIO | None = None
         # Wide elements first, as safetensors does: every tensor is then aligned to its element.
@@ -67,29 +74,44 @@ class WeightsWriter:
         """Write one tensor, which must have the manifest's shape and dtype."""
         if self._file is None:
             raise ValueError("WeightsWriter.add is for use inside its with block")
-        check_tensor(self._manifest.spec(name), tensor)
-        if name in self._table:
+        spec = self._manifest.spec(name)
+        check_tensor(spec, tensor)
+        if self._left[name] < spec.size_bytes:
             raise ProtocolError(f"Tensor {name} was written twice.", code="manifest-mismatch")
-        sha = hashlib.sha256()  # of the tensor, as manifest.tensor_digest has it
+        offset = 0
+        for slab in raw_slabs(tensor):
+            self.digest_next(name, slab)
+            self.put(name, offset, slab)
+            offset += len(slab)
+
+    def put(self, name: str, offset: int, data: memoryview) -> None:
+        """Write some bytes of a tensor, from its byte ``offset`` on. Each must be put once."""
+        if self._file is None:
+            raise ValueError("WeightsWriter.put is for use inside its with block")
+        at, done = self._offsets[name] + offset, 0
         try:
-            if not self._table:
-                self._file.write(self._header)
-            self._file.seek(self._offsets[name])
-            for slab in raw_slabs(tensor):
-                sha.update(slab)
-                self._file.write(slab)
+            while done < len(data):
+                done += os.pwrite(self._file.fileno(), data[done:], at + done)
         except OSError as err:
             raise explain_os_error(err, "writing weights", self._path) from err
-        self._table[name] = sha.hexdigest()
+        with self._lock:
+            self._left[name] -= len(data)
+
+    def digest_next(self, name: str, data: memoryview) -> None:
+        """Take the next bytes of a tensor into the digest."""
+        self._hashes.setdefault(name, hashlib.sha256()).update(data)
 
     @property
     def weights_digest(self) -> str:
-        """Digest of all weights, once every tensor has been added."""
-        return digest_of_table(self._manifest, self._table)
+        """Digest of all weights, once every tensor went into it whole."""
+        table = {name: sha.hexdigest() for name, sha in self._hashes.items()}
+        return digest_of_table(self._manifest, table)
 
     def __enter__(self) -> WeightsWriter:
         try:
             self._file = self._stack.enter_context(atomic_writer(self._path))
+            self._file.write(self._header)
+            self._file.flush()
         except OSError as err:
             raise explain_os_error(err, "writing weights", self._path) from err
         return self
@@ -101,7 +123,7 @@ class WeightsWriter:
         traceback: TracebackType | None,
     ) -> None:
         self._file = None
-        missing = self._manifest.index.keys() - self._table.keys()
+        missing = [name for name, left in self._left.items() if left]
         if value is None and missing:
             unfinished = ProtocolError(
                 f"{len(missing)} tensors were not written, {min(missing)} among them.",
@@ -148,6 +170,10 @@ class WeightsReader:
         spec = self._manifest.spec(name)
         raw = torch.from_numpy(self._file.read(name))
         return raw.view(_TORCH_DTYPE[spec.dtype]).reshape(spec.shape)
+
+    def read_into(self, name: str, offset: int, data: npt.NDArray[np.uint8]) -> None:
+        """Fill ``data`` with a tensor's bytes from ``offset`` on; any thread may."""
+        self._file.read_into(name, offset, data)
 
     def digest_table(self) -> dict[str, str]:
         """The digest of every tensor as it is on disk now."""

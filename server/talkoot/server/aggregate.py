@@ -1,12 +1,13 @@
 """Close a round: many payloads in, one published update and the next version's files out.
 
-Everything runs tensor by tensor, so that peak memory is set by the largest tensor and by neither
-the number of nodes nor the size of the model. The files of a version are written anew beside the
-old ones and appear together, by one rename; the same inputs give the same bytes, so a coordinator
-that died half-way does it again.
+Everything runs section by section (``closing.py``), so that peak memory is set neither by the
+number of nodes nor by the size of the model or of a tensor. The files of a version are written anew
+beside the old ones and appear together, by one rename; the same inputs give the same bytes, so a
+coordinator that died half-way does it again.
 
-What is published is the compressed update. What it leaves out stays in ``master - published``: the
-server's own error feedback, which needs no buffer. Everybody trains from ``published``.
+What is published is the compressed update. What it leaves out is kept as the server's error
+feedback: the master weights, which the outer optimizer moves, less the published ones. Nobody holds
+the master weights themselves (ADR 14). Everybody trains from ``published``.
 """
 
 from __future__ import annotations
@@ -16,25 +17,26 @@ import math
 import os
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from talkoot.protocol import faults, limits
-from talkoot.protocol.codec import EncodedTensor, SparseTensor, decode_tensor, encode_tensor
-from talkoot.protocol.errors import ProtocolError
+from talkoot.protocol.codec import SparseTensor
 from talkoot.protocol.files import explain_os_error, fsync_dir
-from talkoot.protocol.manifest import Manifest, TensorSpec
+from talkoot.protocol.manifest import Manifest
 from talkoot.protocol.messages import CodecSpec
 from talkoot.protocol.payload import PayloadReader, write_payload
-from talkoot.protocol.weights import WeightsReader, WeightsWriter, add_sparse
+from talkoot.protocol.weights import WeightsReader, WeightsWriter, save_weights
+from talkoot.server.closing import Clock, Closing, How, NewState, OldState, Part, mean_into
 from talkoot.server.outer import OuterSpec, outer_step
-from talkoot.server.robust import AggregationSpec, sign_majority, trimmed_mean
+from talkoot.server.robust import AggregationSpec
 
 __all__ = [
     "AggregateResult",
@@ -48,7 +50,7 @@ __all__ = [
     "outer_step",
 ]
 
-Clock = Callable[[], float]
+_MOST_WORKERS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,6 @@ class VersionDir:
     """The files of one version."""
 
     path: Path
-
-    @property
-    def master(self) -> Path:
-        """fp32 weights that the outer optimizer moves."""
-        return self.path / "master.safetensors"
 
     @property
     def published(self) -> Path:
@@ -71,6 +68,16 @@ class VersionDir:
     def update(self) -> Path:
         """The payload that leads here from the version before; absent in the first version."""
         return self.path / "update.safetensors"
+
+    @property
+    def feedback_path(self) -> Path:
+        """Where the server's error feedback is kept."""
+        return self.path / "feedback.safetensors"
+
+    @property
+    def feedback(self) -> Path | None:
+        """fp32, master less published weights; None in the first version, where they are equal."""
+        return self.feedback_path if self.feedback_path.exists() or self.update.exists() else None
 
     @property
     def outer_path(self) -> Path:
@@ -117,7 +124,7 @@ class AggregateResult:
     update_norm: float
     """l2 norm of the published update."""
     seconds: dict[str, float]
-    """By stage: decode, outer, encode, write."""
+    """By stage, of all threads together: read, decode, outer, encode, write, hash."""
 
 
 def clip_factors(norms: Sequence[float], influences: Sequence[float] | None = None) -> list[float]:
@@ -144,16 +151,8 @@ def average(numel: int, parts: Sequence[tuple[SparseTensor, float, float]]) -> T
     ``parts``: (values, weight, factor) of each contribution; the values are scaled by the factor
     and averaged with the weights: ``sum(w * f * v) / sum(w)``, added up in the order given.
     """
-    return _average(numel, iter(parts))
-
-
-def _average(numel: int, parts: Iterator[tuple[SparseTensor, float, float]]) -> Tensor:
-    total = torch.zeros(numel, dtype=torch.float32)
-    weights = torch.zeros(numel, dtype=torch.float32)
-    for sparse, weight, factor in parts:
-        sparse.add_to_(total, alpha=weight * factor)
-        weights.index_add_(0, sparse.indices, torch.full_like(sparse.values, weight))
-    return torch.where(weights > 0, total / weights, 0.0)
+    total, weights = np.empty((2, numel), dtype=np.float32)
+    return torch.from_numpy(mean_into(total, weights, iter(parts)))
 
 
 def initial_state(manifest: Manifest, get: Callable[[str], Tensor], out_dir: Path) -> str:
@@ -162,15 +161,8 @@ def initial_state(manifest: Manifest, get: Callable[[str], Tensor], out_dir: Pat
     ``get`` returns a tensor in the manifest's shape and dtype. ``out_dir`` appears whole or not at
     all; one that exists is replaced.
     """
-    with _fresh_directory(out_dir) as directory, ExitStack() as stack:
-        version = VersionDir(directory)
-        master = stack.enter_context(WeightsWriter(version.master, manifest.as_float32()))
-        published = stack.enter_context(WeightsWriter(version.published, manifest))
-        for spec in manifest.tensors:
-            tensor = get(spec.name).detach()
-            published.add(spec.name, tensor)
-            master.add(spec.name, tensor.float())
-    return published.weights_digest
+    with _fresh_directory(out_dir) as directory:
+        return save_weights(VersionDir(directory).published, manifest, get)
 
 
 def aggregate_round(
@@ -183,6 +175,7 @@ def aggregate_round(
     out_dir: Path,
     *,
     rule: AggregationSpec | None = None,
+    workers: int | None = None,
     clock: Clock = time.perf_counter,
 ) -> AggregateResult:
     """Average, step the outer optimizer, publish; write the next version into ``out_dir``.
@@ -196,6 +189,7 @@ def aggregate_round(
         outer: the outer optimizer.
         out_dir: appears whole or not at all; one that exists is replaced.
         rule: how values of a coordinate become one; the mean if not given.
+        workers: threads; the machine's cores, four at most, if not given. The bytes are the same.
         clock: seconds, for the report only.
 
     Raises:
@@ -215,20 +209,26 @@ def aggregate_round(
         raise ValueError("somebody's contribution must count")
     if out_dir.absolute() == state.path.absolute():
         raise ValueError("the next version needs a directory of its own")
+    how = How(
+        uplink,
+        downlink,
+        outer,
+        rule or AggregationSpec(),
+        workers or min(_MOST_WORKERS, os.cpu_count() or 1),
+        clock,
+    )
+    parts = _parts(manifest, contributions, uplink)
     with _fresh_directory(out_dir) as directory:
-        closing = _Round(
-            manifest, state, contributions, uplink, downlink, outer, VersionDir(directory), clock
-        )
-        closing.rule = rule or AggregationSpec()
-        closing.run()
-        size, digest = _size_and_digest(VersionDir(directory).update)
+        target = VersionDir(directory)
+        closing, weights_digest = _close(manifest, parts, state, target, how)
+        size, digest = _size_and_digest(target.update)
     made = VersionDir(out_dir)
     return AggregateResult(
         state=made,
         update_path=made.update,
         update_digest=digest,
         update_size_bytes=size,
-        weights_digest=closing.weights_digest,
+        weights_digest=weights_digest,
         bits_per_parameter=8 * size / manifest.parameters,
         gradient_norm=math.sqrt(closing.gradient_squares),
         update_norm=math.sqrt(closing.update_squares),
@@ -236,122 +236,49 @@ def aggregate_round(
     )
 
 
-class _Round:
-    """The one pass over the tensors that closes a round."""
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        state: VersionDir,
-        contributions: Sequence[ContributionInput],
-        uplink: CodecSpec,
-        downlink: CodecSpec,
-        outer: OuterSpec,
-        target: VersionDir,
-        clock: Clock,
-    ) -> None:
-        ordered = sorted(contributions, key=lambda part: part.key)
-        ordered = [part for part in ordered if part.influence > 0]
-        # Relative to the largest, so that a lone contribution has weight 1 and is exact.
-        heaviest = max(part.tokens * part.influence for part in ordered)
-        factors = clip_factors(
-            [part.l2_norm for part in ordered], [part.influence for part in ordered]
+def _parts(
+    manifest: Manifest, contributions: Sequence[ContributionInput], uplink: CodecSpec
+) -> list[Part]:
+    """Those that count, in the order in which they are added up."""
+    ordered = sorted(contributions, key=lambda part: part.key)
+    ordered = [part for part in ordered if part.influence > 0]
+    # Relative to the largest, so that a lone contribution has weight 1 and is exact.
+    heaviest = max(part.tokens * part.influence for part in ordered)
+    factors = clip_factors([part.l2_norm for part in ordered], [part.influence for part in ordered])
+    return [
+        Part(
+            PayloadReader(part.path, manifest, uplink),
+            part.tokens * part.influence / heaviest,
+            factor * part.influence,
         )
-        self._parts = [
-            (
-                PayloadReader(part.path, manifest, uplink),
-                part.tokens * part.influence / heaviest,
-                factor * part.influence,
-            )
-            for part, factor in zip(ordered, factors, strict=True)
-        ]
-        self._manifest = manifest
-        self._manifest32 = manifest.as_float32()
-        self._downlink = downlink
-        self._outer = outer
-        self._target = target
-        self._clock = clock
-        self._old_master = WeightsReader(state.master, self._manifest32)
-        self._old_published = WeightsReader(state.published, manifest)
-        self._old_momentum = None
-        if outer.has_state and state.outer is not None:
-            self._old_momentum = WeightsReader(state.outer, self._manifest32)
-        self.rule = AggregationSpec()
-        self.weights_digest = ""
-        self.gradient_squares = 0.0
-        self.update_squares = 0.0
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        for part, factor in zip(ordered, factors, strict=True)
+    ]
 
-    def run(self) -> None:
-        """Write master, published, momentum and update of the new version."""
-        with ExitStack() as stack:
-            master = stack.enter_context(WeightsWriter(self._target.master, self._manifest32))
-            published = stack.enter_context(WeightsWriter(self._target.published, self._manifest))
-            momentum = None
-            if self._outer.has_state:
-                momentum = stack.enter_context(
-                    WeightsWriter(self._target.outer_path, self._manifest32)
-                )
-            items = (
-                (spec.name, self._tensor(spec, master, published, momentum))
-                for spec in self._manifest.tensors
-            )
-            write_payload(self._target.update, self._manifest, self._downlink, items, {})
-            faults.place("aggregate.between-files")
-        self.weights_digest = published.weights_digest
 
-    def _tensor(
-        self,
-        spec: TensorSpec,
-        master: WeightsWriter,
-        published: WeightsWriter,
-        momentum: WeightsWriter | None,
-    ) -> EncodedTensor:
-        name = spec.name
-        with self._stage("decode"):
-            parts = ((reader.decode(name), weight, f) for reader, weight, f in self._parts)
-            gradient = self._combine(spec.numel, parts).reshape(spec.shape)
-            self.gradient_squares += float(gradient.double().square().sum())
-        with self._stage("outer"):
-            old_momentum = self._old_momentum.get(name) if self._old_momentum else None
-            new_master, new_momentum = outer_step(
-                self._outer, self._old_master.get(name), gradient, old_momentum
-            )
-            del gradient, old_momentum
-            if not bool(torch.isfinite(new_master).all()):
-                raise ProtocolError(
-                    f"The outer step would make {name} infinite or NaN: the round is not "
-                    "published; lower the outer learning rate or look at its contributions.",
-                    code="not-finite",
-                )
-        with self._stage("write"):
-            master.add(name, new_master)
-            if momentum is not None and new_momentum is not None:
-                momentum.add(name, new_momentum)
-        del new_momentum
-        old_published = self._old_published.get(name)
-        with self._stage("encode"):
-            encoded = encode_tensor(new_master - old_published.float(), self._downlink)
-            sent = decode_tensor(encoded, spec.numel, self._downlink)
-            self.update_squares += sent.sum_of_squares()
-            new_published = add_sparse(old_published, sent)
-        with self._stage("write"):
-            published.add(name, new_published)
-        faults.place("aggregate.tensor")
-        return encoded
+def _close(
+    manifest: Manifest, parts: Sequence[Part], state: VersionDir, target: VersionDir, how: How
+) -> tuple[Closing, str]:
+    """Write published weights, feedback, momentum and update of the new version."""
+    manifest32 = manifest.as_float32()
 
-    def _combine(self, numel: int, parts: Iterator[tuple[SparseTensor, float, float]]) -> Tensor:
-        if self.rule.rule == "trimmed-mean":
-            return trimmed_mean(numel, list(parts), self.rule.trim)
-        if self.rule.rule == "sign-majority":
-            return sign_majority(numel, list(parts))
-        return _average(numel, parts)  # the geometric median acts through the influences
+    def held(path: Path | None) -> WeightsReader | None:
+        return None if path is None else WeightsReader(path, manifest32)
 
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        began = self._clock()
-        yield
-        self.seconds[name] += self._clock() - began
+    with ExitStack() as stack:
+        old = OldState(
+            WeightsReader(state.published, manifest),
+            held(state.feedback),
+            held(state.outer) if how.outer.has_state else None,
+        )
+        published = stack.enter_context(WeightsWriter(target.published, manifest))
+        feedback = stack.enter_context(WeightsWriter(target.feedback_path, manifest32))
+        momentum = None
+        if how.outer.has_state:
+            momentum = stack.enter_context(WeightsWriter(target.outer_path, manifest32))
+        closing = Closing(manifest, parts, old, NewState(published, feedback, momentum), how)
+        write_payload(target.update, manifest, how.downlink, closing.tensors(), {})
+        faults.place("aggregate.between-files")
+    return closing, published.weights_digest
 
 
 @contextmanager

@@ -42,14 +42,29 @@ def outer_step(
     """One outer step of one tensor: the new master weights and the new momentum.
 
     ``master``, ``gradient`` and ``momentum`` are fp32 of one shape; None for the momentum is the
-    first step. The arithmetic is that of ``torch.optim.SGD(nesterov=True)``, operation by
-    operation. The arguments are not changed.
+    first step. The arguments are not changed.
+    """
+    master, gradient = master.clone(), gradient.clone()
+    if momentum is not None:
+        momentum = momentum.clone()
+    return master, outer_step_(spec, master, gradient, momentum)
+
+
+def outer_step_(
+    spec: OuterSpec, master: Tensor, gradient: Tensor, momentum: Tensor | None
+) -> Tensor | None:
+    """:func:`outer_step` in place: ``master`` is moved, ``gradient`` is used up, and the new
+    momentum is returned (in ``momentum`` if there was one).
+
+    The arithmetic is that of ``torch.optim.SGD(nesterov=True)``, operation by operation. The step
+    does not read ``master``, so what it moves may be the weights, or their distance to something.
     """
     if spec.optimizer == "sgd":
-        return master.add(gradient, alpha=-spec.learning_rate), None
+        master.add_(gradient, alpha=-spec.learning_rate)
+        return None
     if momentum is None:
-        new_momentum = gradient.clone()
+        momentum = gradient.clone()
     else:
-        new_momentum = (momentum * spec.momentum).add(gradient)
-    step = gradient.add(new_momentum, alpha=spec.momentum)
-    return master.add(step, alpha=-spec.learning_rate), new_momentum
+        momentum.mul_(spec.momentum).add_(gradient)
+    master.add_(gradient.add_(momentum, alpha=spec.momentum), alpha=-spec.learning_rate)
+    return momentum

@@ -3,7 +3,7 @@
 config.toml   the whole configuration          ledger.db    the ledger (unless by URL)
 state.json    written last: the rest is whole  flower.db    the SuperLink's database
 ca/ keys/     secrets, 0700                    store/       artifacts by SHA-256
-tls/          the servers' certificates        versions/    master and published weights
+tls/          the servers' certificates        versions/    published weights, feedback
 corpus/       token blocks, held-out tokens    incoming/    uploads on their way
 tokenizer/    as given                         logs/ run/   of the running parts
 pieces/       digests of artifacts' pieces

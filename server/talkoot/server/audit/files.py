@@ -24,7 +24,7 @@ from talkoot.server.audit.reading import Row
 
 READ_BYTES = 1 << 20
 VERSION_DIRS = 2
-"""The newest so many versions have their master and published weights on disk."""
+"""The newest so many versions have their published weights and feedback on disk."""
 
 
 @dataclass
@@ -218,7 +218,8 @@ def _check_directories(
         audit, manifest, directory / "published.safetensors", where, newest["weights_digest"]
     )
     try:
-        WeightsReader(directory / "master.safetensors", manifest.as_float32())
+        if newest["version"] > 0:  # the first one has none
+            WeightsReader(directory / "feedback.safetensors", manifest.as_float32())
     except TalkootError as err:
         audit.find("damaged-version", where, err.sentence)
     if len(audit.findings) > before and moved_on():

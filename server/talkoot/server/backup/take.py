@@ -189,8 +189,9 @@ def _hold_once(coordinator: Coordinator, place: Path) -> _Held:
     for fixed in (state.corpus, state.tokenizer):  # made by init, and never changed
         for path in sorted(p for p in fixed.rglob("*") if p.is_file()):
             held.files[str(path.relative_to(state.root))] = path
-    if not any(name.endswith("/master.safetensors") for name in held.files):
-        raise FileNotFoundError(errno.ENOENT, "gone", str(folder / "master.safetensors"))
+    needed = "feedback" if newest.version > 0 else "published"  # written last; the first has none
+    if not any(name.endswith(f"/{needed}.safetensors") for name in held.files):
+        raise FileNotFoundError(errno.ENOENT, "gone", str(folder / f"{needed}.safetensors"))
     return held
 
 
