@@ -78,20 +78,26 @@ class Authority:
     def issue(self, common_name: str, san: str | None = None) -> tuple[bytes, bytes]:
         """(key PEM, certificate PEM)."""
         key = ec.generate_private_key(ec.SECP384R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-        builder = self._builder(name, key.public_key())
-        if san is not None:
-            names = x509.SubjectAlternativeName([x509.DNSName(san)])
-            builder = builder.add_extension(names, critical=False)
-        certificate = builder.sign(self._key, hashes.SHA384())
         return (
             key.private_bytes(
                 serialization.Encoding.PEM,
                 serialization.PrivateFormat.PKCS8,
                 serialization.NoEncryption(),
             ),
-            certificate.public_bytes(serialization.Encoding.PEM),
+            self.certify(common_name, key.public_key(), san),
         )
+
+    def certify(
+        self, common_name: str, public_key: ec.EllipticCurvePublicKey, san: str | None = None
+    ) -> bytes:
+        """A certificate (PEM) for a key that somebody has."""
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+        builder = self._builder(name, public_key)
+        if san is not None:
+            names = x509.SubjectAlternativeName([x509.DNSName(san)])
+            builder = builder.add_extension(names, critical=False)
+        certificate = builder.sign(self._key, hashes.SHA384())
+        return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 # A backend in memory ----------------------------------------------------------------------

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
@@ -27,13 +27,15 @@ from talkoot.protocol.files import atomic_writer, explain_os_error
 from talkoot.protocol.manifest import (
     ITEM_BYTES,
     Manifest,
+    TensorSpec,
     check_tensor,
     digest_of_table,
     digest_table,
     raw_slabs,
 )
 from talkoot.protocol.messages import CodecSpec
-from talkoot.protocol.payload import PayloadReader
+from talkoot.protocol.parallel import in_order
+from talkoot.protocol.payload import PayloadReader, TensorSections
 from talkoot.protocol.tensorfile import Entry, TensorFile, build_header
 
 _WIRE_DTYPE: Final = {"float32": "F32", "bfloat16": "BF16"}
@@ -203,25 +205,63 @@ def save_weights(path: Path, manifest: Manifest, get: Callable[[str], Tensor]) -
     return writer.weights_digest
 
 
-def add_sparse(tensor: Tensor, update: SparseTensor) -> Tensor:
-    """``tensor + update`` in fp32, rounded to the dtype of ``tensor``. Does not change ``tensor``.
+def add_sparse_(flat: Tensor, update: SparseTensor) -> tuple[Tensor, Tensor]:
+    """``flat += update`` in place: in fp32, rounded to the dtype of ``flat``.
 
     The one way in which coordinator and nodes apply what was published: one fp32 addition per
-    element that was sent, hence the same bits everywhere.
+    element that was sent, hence the same bits everywhere. Returns the elements that were sent to,
+    before and after.
     """
-    flat = tensor.detach().reshape(-1).to(torch.float32, copy=True)
-    return update.add_to_(flat).to(tensor.dtype).reshape(tensor.shape)
+    before = flat[update.indices]
+    after = (before.float() + update.values).to(flat.dtype)
+    flat[update.indices] = after
+    return before, after
+
+
+def add_sparse(tensor: Tensor, update: SparseTensor) -> Tensor:
+    """``tensor + update`` as :func:`add_sparse_` has it. Does not change ``tensor``."""
+    flat = tensor.detach().reshape(-1).clone()
+    add_sparse_(flat, update)
+    return flat.reshape(tensor.shape)
 
 
 def apply_update(
-    manifest: Manifest, published_old: Path, update: Path, spec: CodecSpec, out: Path
+    manifest: Manifest,
+    published_old: Path,
+    update: Path,
+    spec: CodecSpec,
+    out: Path,
+    *,
+    workers: int = 1,
 ) -> str:
     """Write ``published_old + update`` to ``out`` and return its weights digest.
 
-    ``out`` appears whole or not at all, and the old file is not changed. Compare the digest with
-    the ledger's before using it. Raises :class:`ProtocolError` for a malformed update or old file,
-    :class:`CapacityError` when the disk is full.
+    ``out`` appears whole or not at all, and the old file is not changed. It takes the memory of a
+    few sections, by ``workers`` threads. Compare the digest with the ledger's before using it.
+    Raises :class:`ProtocolError` for a malformed update or old file, :class:`CapacityError` when
+    the disk is full.
     """
     old = WeightsReader(published_old, manifest)
     payload = PayloadReader(update, manifest, spec)
-    return save_weights(out, manifest, lambda name: add_sparse(old.get(name), payload.decode(name)))
+
+    def jobs() -> Iterator[tuple[TensorSpec, TensorSections, int]]:
+        for tensor in manifest.tensors:
+            sections = payload.sections(tensor.name)
+            yield from ((tensor, sections, number) for number in range(len(sections)))
+
+    with WeightsWriter(out, manifest) as writer:
+
+        def apply(job: tuple[TensorSpec, TensorSections, int]) -> tuple[str, memoryview]:
+            tensor, sections, number = job
+            start, elements = sections.spans[number]
+            item = ITEM_BYTES[tensor.dtype]
+            raw = np.empty(elements * item, dtype=np.uint8)
+            old.read_into(tensor.name, start * item, raw)
+            flat = torch.from_numpy(raw).view(_TORCH_DTYPE[tensor.dtype])
+            add_sparse_(flat, sections.decode(number))
+            writer.put(tensor.name, start * item, raw.data)
+            return tensor.name, raw.data
+
+        for name, data in in_order(apply, jobs(), workers):
+            writer.digest_next(name, data)
+    return writer.weights_digest

@@ -35,7 +35,7 @@ from talkoot.protocol.manifest import ITEM_BYTES, Manifest, TensorSpec
 from talkoot.protocol.messages import CodecSpec
 from talkoot.protocol.parallel import in_order
 from talkoot.protocol.payload import PayloadReader, TensorSections
-from talkoot.protocol.weights import WeightsReader, WeightsWriter
+from talkoot.protocol.weights import WeightsReader, WeightsWriter, add_sparse_
 from talkoot.server.outer import OuterSpec, outer_step_
 from talkoot.server.robust import AggregationSpec, sign_majority, trimmed_mean
 
@@ -242,16 +242,13 @@ class Closing:
         return [one for one, _ in made], joined([sent for _, sent in made], [s for s, _ in spans])
 
     def _publish(self, job: _Job, raw: bits.U8, total: bits.F32, sent: SparseTensor) -> None:
-        """Add what is sent to the published weights, as ``weights.add_sparse`` does on a node, and
-        leave in ``total`` what they still lack, the rounding of their dtype included."""
+        """Add what is sent to the published weights, as a node does, and leave in ``total`` what
+        they still lack, the rounding of their dtype included."""
         published = torch.from_numpy(raw).view(_DTYPES[job.spec.dtype])
-        before = published[sent.indices]
-        after = (before.float() + sent.values).to(published.dtype)
+        before, after = add_sparse_(published, sent)
         if not bool(torch.isfinite(after).all()):
             raise _not_finite(job.spec.name)
-        published[sent.indices] = after
-        left = torch.from_numpy(total)
-        left[sent.indices] -= after.float() - before.float()
+        torch.from_numpy(total)[sent.indices] -= after.float() - before.float()
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
