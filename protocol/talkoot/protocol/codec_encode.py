@@ -22,8 +22,9 @@ MAX_MAGNITUDE: Final = 2.0**64
 """Largest value that travels. A pseudo-gradient near it is no longer training."""
 _NEGLIGIBLE: Final = 2.0**-100
 """A section whose largest chunk is smaller than this is sent as nothing; the feedback keeps it."""
-_GROUPS_PER_ENTRY: Final = 4
-"""Groups of elements per entry that is kept, for the first, coarse look at a chunk."""
+_GROUPS: Final = 512
+"""Groups of elements that a chunk is looked at in first. ``np.partition`` sorts rows that short
+within registers; more of them are taken only where ``keep`` needs them."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def select_on_host(rows: bits.F32, keep: int) -> _Chosen:
     number, length = rows.shape
     magnitude = np.abs(rows)
     groups = length
-    while groups % 2 == 0 and groups // 2 >= _GROUPS_PER_ENTRY * keep:
+    while groups % 2 == 0 and groups // 2 >= (2 if groups > _GROUPS else 4) * keep:
         groups //= 2
     # Neighbours, which are often of one size, fall into different groups.
     coarse = magnitude.reshape(number, length // groups, groups).max(axis=1)  # (number, groups)
