@@ -321,6 +321,24 @@ def test_no_claimed_time_of_training_makes_a_speed_that_is_no_number(
     assert 1 <= site.task(anna).lease.tokens <= 4 * 1024
 
 
+def test_a_round_with_most_of_its_tokens_closes_and_who_is_late_is_told(site: Site) -> None:
+    site.reopen(round={"quorum": 2, "min_nodes": 2, "close_at_share": 0.6})
+    nodes = [site.add_node(name) for name in ("anna", "bert", "carl")]
+    opened(site, *nodes)
+    tasks = [site.task(node) for node in nodes]
+    for task, expected in zip(tasks[:2], ("wait", "close"), strict=True):
+        assert give(site, task).accepted
+        decision = site.book.decide(site.online(*nodes), NOW + 1)
+        assert decision is not None
+        assert decision.action == expected
+    assert decision is not None
+    assert decision.code == "enough"
+    site.book.close_round(decision.sentence, now=NOW + 1)
+    verdict = give(site, tasks[2])
+    assert verdict.code == "late"
+    assert "its blocks went back to the pool" in verdict.sentence
+
+
 # Reopening ----------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ leases = st.lists(
         node_id=st.just("0123456789abcdef"),
         state=st.sampled_from(["open", "committed", "released"]),
         live=st.booleans(),
+        tokens=st.integers(1, 100),
     ),
     max_size=6,
 )
@@ -25,6 +28,7 @@ views = st.builds(
     deadline_unix=st.just(DEADLINE),
     quorum=st.integers(1, 5),
     leases=leases,
+    close_at_share=st.sampled_from([1.0, 0.95, 0.5]),
 )
 times = st.floats(0, 2 * DEADLINE)
 
@@ -59,12 +63,31 @@ def test_a_round_with_its_quorum_waits_for_nobody_who_is_lost(view: RoundView, n
         assert decide(view, now).action == "close"
 
 
+def enough(view: RoundView) -> bool:
+    """Whether so much has arrived that the rest is not waited for."""
+    there = sum(lease.tokens for lease in view.leases if lease.state == "committed")
+    coming = sum(lease.tokens for lease in view.leases if lease.state == "open" and lease.live)
+    return there >= view.close_at_share * (there + coming) and coming > 0
+
+
 @given(views, st.floats(0, DEADLINE, exclude_max=True))
-def test_before_the_deadline_a_round_with_its_quorum_waits_for_who_is_at_work(
+def test_before_the_deadline_a_round_with_its_quorum_waits_for_who_is_at_work_unless_it_has_enough(
     view: RoundView, now: float
 ) -> None:
     if awaited(view):
-        assert decide(view, now).action != "close"
+        closes = decide(view, now).action == "close"
+        assert closes == (committed(view) >= view.quorum and enough(view))
+        assert not (closes and view.close_at_share == 1)
+
+
+def test_a_round_that_has_enough_says_how_much() -> None:
+    there = [LeaseView(str(n), "committed", live=True, tokens=10) for n in range(19)]
+    late, gone = LeaseView("a", "open", True, 10), LeaseView("b", "open", False, 90)
+    decision = decide(RoundView(3, DEADLINE, 2, [*there, late, gone], close_at_share=0.95), 1.0)
+    assert (decision.action, decision.code) == ("close", "enough")
+    assert decision.sentence == (
+        "Round 3 closes with 95 % of its tokens: 19 contributed, 1 still at work, 1 out of reach."
+    )
 
 
 @given(views, st.floats(DEADLINE, 2 * DEADLINE))
@@ -91,16 +114,14 @@ def test_a_round_is_leased_anew_early_only_if_no_answer_can_make_its_quorum(
 @given(views, times)
 def test_released_leases_have_no_voice(view: RoundView, now: float) -> None:
     without = [lease for lease in view.leases if lease.state != "released"]
-    assert decide(view, now) == decide(
-        RoundView(view.round, view.deadline_unix, view.quorum, without), now
-    )
+    assert decide(view, now) == decide(replace(view, leases=without), now)
 
 
 @given(views, times)
 def test_another_committed_lease_never_takes_a_close_back(view: RoundView, now: float) -> None:
     more = [*view.leases, LeaseView("fedcba9876543210", "committed", True)]
     if decide(view, now).action == "close":
-        grown = RoundView(view.round, view.deadline_unix, view.quorum, more)
+        grown = replace(view, leases=more)
         assert decide(grown, now).action == "close"
 
 

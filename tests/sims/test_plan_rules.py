@@ -158,9 +158,10 @@ moments = st.one_of(st.just(math.inf), st.integers(1, 100).map(float))
     ),
     st.integers(1, 5),
     st.integers(0, 2),
+    st.sampled_from([1.0, 0.9, 0.5]),
 )
 def test_a_round_ends_when_the_production_rules_end_it(
-    members: list[tuple[float, tuple[int, int] | None]], quorum: int, already: int
+    members: list[tuple[float, tuple[int, int] | None]], quorum: int, already: int, share: float
 ) -> None:
     """Second by second, ``decide`` is asked about each lease; the planner must find the same."""
     lost_after, deadline = 5.0, 80.0
@@ -172,17 +173,17 @@ def test_a_round_ends_when_the_production_rules_end_it(
     ]
 
     def view(moment: float) -> RoundView:
-        leases = [LeaseView("done", "committed", True)] * already
+        leases = [LeaseView("done", "committed", True, 3)] * already
         for place, arrival in enumerate(arrived):
             gone = any(p == place and a + lost_after <= moment < b for p, a, b in away)
             state = "committed" if arrival <= moment else "open"
-            leases.append(LeaseView(str(place), state, live=not gone))  # type: ignore[arg-type]
-        return RoundView(7, deadline, quorum, leases)
+            leases.append(LeaseView(str(place), state, not gone, tokens=place + 1))  # type: ignore[arg-type]
+        return RoundView(7, deadline, quorum, leases, share)
 
     count = len(members)
-    course = Course(np.arange(count), np.ones(count, np.int64), *[arrived] * 5)
+    course = Course(np.arange(count), np.arange(count) + 1, *[arrived] * 5)
     index, gone, back = (np.array([one[k] for one in away]) for k in range(3))
-    rule = Rule(7, deadline, quorum, lost_after, already)
+    rule = Rule(7, deadline, quorum, lost_after, already, 3 * already, share)
     found = settle(rule, course, (index.astype(np.int64), gone, back), 0.0, (math.inf, math.inf))
     for second in range(81):
         decision = decide(view(float(second)), float(second))

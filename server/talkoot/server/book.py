@@ -509,6 +509,7 @@ class Book:
                     live=int(node.flower_node_id or 0) in online
                     and _reachable(state, now, patience)
                     and not _paused(state),
+                    tokens=lease.tokens,
                 )
                 for lease, node, state in rows
             ]
@@ -517,6 +518,7 @@ class Book:
             deadline_unix=current.deadline_unix,
             quorum=self._c.config.round.quorum,
             leases=views,
+            close_at_share=self._c.config.round.close_at_share,
         )
         return decide(view, now)
 

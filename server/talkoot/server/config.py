@@ -117,6 +117,9 @@ class RoundSection(_Section):
     """Contributions without which a round is not closed."""
     min_nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
     """Admitted nodes online without which a round is not opened."""
+    close_at_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of a round's tokens within reach, whose arrival closes it before its deadline once the quorum
+    is there; at 1 it waits for all. What comes later is refused, and kept as error feedback."""
     lost_after_seconds: Annotated[float, Field(gt=0, le=86400)] = 60.0
     """A node that has not reported for so long is not waited for (until it reports again)."""
     max_behind: Annotated[int, Field(ge=1, le=limits.MAX_UPDATE_CHAIN)] = 4

@@ -30,6 +30,7 @@ class LeaseView:
     state: LeaseState
     live: bool
     """Whether the node has been heard of lately, so that waiting for it makes sense."""
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class RoundView:
     deadline_unix: float
     quorum: int
     leases: Sequence[LeaseView]
+    close_at_share: float = 1.0
+    """Of the tokens committed and awaited that is enough, once the quorum is there."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Tally:
     """Open, and their nodes are within reach."""
     lost: int
     """Open, and their nodes are not."""
+    tokens_committed: int = 0
+    tokens: int = 0
+    """Of those that are committed or awaited."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +74,40 @@ def decide(view: RoundView, now_unix: float) -> Decision:
         committed=sum(lease.state == "committed" for lease in view.leases),
         awaited=sum(lease.state == "open" and lease.live for lease in view.leases),
         lost=sum(lease.state == "open" and not lease.live for lease in view.leases),
+        tokens_committed=sum(lease.tokens for lease in view.leases if lease.state == "committed"),
+        tokens=sum(
+            lease.tokens
+            for lease in view.leases
+            if lease.state == "committed" or (lease.state == "open" and lease.live)
+        ),
     )
-    return decide_tally(view.round, view.deadline_unix, view.quorum, tally, now_unix)
+    return decide_tally(
+        view.round,
+        view.deadline_unix,
+        view.quorum,
+        tally,
+        now_unix,
+        close_at_share=view.close_at_share,
+    )
 
 
 def decide_tally(
-    number: int, deadline_unix: float, quorum: int, tally: Tally, now_unix: float
+    number: int,
+    deadline_unix: float,
+    quorum: int,
+    tally: Tally,
+    now_unix: float,
+    *,
+    close_at_share: float = 1.0,
 ) -> Decision:
     """Whether open round ``number`` waits, closes, or is leased anew.
 
     A round closes when nobody is left to wait for and the quorum is met, or at its deadline if the
-    quorum is met. When the quorum can no longer come (everybody left, declined or missed the
-    deadline), the blocks that were not committed go back to the pool and the round is leased anew;
-    what was committed stays committed and counts towards the quorum of the next attempt.
+    quorum is met. With ``close_at_share`` below 1 it closes, too, when so much of the tokens that
+    it can still get has arrived: the last few of many nodes keep all others waiting. When the
+    quorum can no longer come (everybody left, declined or missed the deadline), the blocks that
+    were not committed go back to the pool and the round is leased anew; what was committed stays
+    committed and counts towards the quorum of the next attempt.
     """
     committed, awaited, lost = tally.committed, tally.awaited, tally.lost
     told = f"{committed} contributed, {awaited} still at work, {lost} out of reach"
@@ -91,6 +118,13 @@ def decide_tally(
             return Decision("close", code, f"Round {number} closes: {told}.")
         if now_unix >= deadline_unix:
             return Decision("close", "deadline", f"Round {number} closes at its deadline: {told}.")
+        if close_at_share < 1 and tally.tokens_committed >= close_at_share * tally.tokens > 0:
+            share = 100 * tally.tokens_committed / tally.tokens
+            return Decision(
+                "close",
+                "enough",
+                f"Round {number} closes with {share:.0f} % of its tokens: {told}.",
+            )
         return Decision("wait", "at-work", f"Round {number} waits for its nodes: {told}.")
 
     if now_unix >= deadline_unix:

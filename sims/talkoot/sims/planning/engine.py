@@ -96,15 +96,15 @@ class Engine:
 
     def _round(self, env: Any, number: int) -> Generator[Any, None, None]:
         committed: I64 = np.zeros(0, dtype=np.int64)
-        began, pause = None, 0.0
+        tokens, pause = 0, 0.0
         while True:
-            attempt = yield from self._open(env, number, committed)
-            began = env.now if began is None else began
+            attempt = yield from self._open(env, number, committed, tokens)
             course, outcome = attempt
             yield env.timeout(max(0.0, float(outcome.moment - env.now)))
             done = course.nodes[outcome.committed]
             self.measured[done] = measured_speeds(self.measured[done], self._seen(course, outcome))
             committed = np.concatenate([committed, done])
+            tokens += int(course.tokens[outcome.committed].sum())
             closes = outcome.decision.action == "close"
             self.account.attempt(number, course, outcome, closes=closes)
             if closes:
@@ -119,7 +119,7 @@ class Engine:
         self.account.published(number, closed, env.now, outcome)
 
     def _open(
-        self, env: Any, number: int, committed: I64
+        self, env: Any, number: int, committed: I64, already_tokens: int
     ) -> Generator[Any, None, tuple[Course, Outcome]]:
         """Wait until enough nodes are there, and lease."""
         rule = self.rules.round
@@ -136,6 +136,8 @@ class Engine:
                 rule.quorum,
                 rule.lost_after_seconds,
                 len(committed),
+                already_tokens,
+                rule.close_at_share,
             ),
             course,
             self.fleet.timelines.absences(members, env.now, env.now + rule.deadline_seconds),

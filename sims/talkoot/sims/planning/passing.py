@@ -49,6 +49,8 @@ class Rule:
     lost_after: float
     already: int
     """Contributions of earlier attempts."""
+    already_tokens: int = 0
+    close_at_share: float = 1.0
 
 
 def settle(
@@ -64,32 +66,62 @@ def settle(
         begin: when it opened.
         blind: from when to when the coordinator is away and decides nothing.
     """
-    moments, awaited, lost, committed = _changes(rule, course, away, begin)
-    quorum_met = committed + rule.already >= rule.quorum
-    settled = (quorum_met & (awaited == 0)) | (
-        ~quorum_met & (awaited + committed + rule.already < rule.quorum) & (lost == 0)
+    seen = _changes(rule, course, away, begin)
+    moments, committed = seen.moments, seen.committed
+    quorum_met = committed >= rule.quorum
+    enough = seen.arrived >= rule.close_at_share * seen.tokens
+    settled = (quorum_met & ((seen.awaited == 0) | enough)) | (
+        ~quorum_met & (seen.awaited + committed < rule.quorum) & (seen.lost == 0)
     )
     for place in np.flatnonzero(settled):
-        if moments[place] >= rule.deadline:
-            break
         moment = float(moments[place])
+        if moment >= rule.deadline:
+            break
         if blind[0] <= moment < blind[1]:
             continue
-        decision = _ask(rule, int(committed[place]), int(awaited[place]), int(lost[place]), moment)
+        decision = seen.ask(rule, int(place), moment)
         if decision.action != "wait":
-            return _outcome(rule, course, decision, moment, int(lost[place]))
+            return _outcome(course, decision, moment, int(seen.lost[place]))
     moment = rule.deadline
     if blind[0] <= moment < blind[1]:
         moment = blind[1]
-    place = np.searchsorted(moments, moment, side="right") - 1
-    decision = _ask(rule, int(committed[place]), int(awaited[place]), int(lost[place]), moment)
-    return _outcome(rule, course, decision, moment, int(lost[place]))
+    last = int(np.searchsorted(moments, moment, side="right")) - 1
+    return _outcome(course, seen.ask(rule, last, moment), moment, int(seen.lost[last]))
 
 
-def _changes(
-    rule: Rule, course: Course, away: tuple[I64, F64, F64], begin: float
-) -> tuple[F64, I64, I64, I64]:
-    """Moments, and how many are awaited, lost and committed from each on."""
+@dataclass(frozen=True)
+class _Seen:
+    """What the coordinator sees from each moment on; all (moments,)."""
+
+    moments: F64
+    awaited: I64
+    lost: I64
+    committed: I64
+    arrived: I64
+    """Tokens."""
+    tokens: I64
+    """Arrived or awaited."""
+
+    def ask(self, rule: Rule, place: int, moment: float) -> Decision:
+        """The production rules' answer."""
+        tally = Tally(
+            committed=int(self.committed[place]),
+            awaited=int(self.awaited[place]),
+            lost=int(self.lost[place]),
+            tokens_committed=int(self.arrived[place]),
+            tokens=int(self.tokens[place]),
+        )
+        return decide_tally(
+            rule.number,
+            rule.deadline,
+            rule.quorum,
+            tally,
+            moment,
+            close_at_share=rule.close_at_share,
+        )
+
+
+def _changes(rule: Rule, course: Course, away: tuple[I64, F64, F64], begin: float) -> _Seen:
     members = len(course.nodes)
     index, gone, back = away
     # Short absences are not noticed; what is committed is not awaited.
@@ -98,22 +130,30 @@ def _changes(
     # A payload that was pushed may be accepted while its node is away.
     noticed, back = noticed[counts], np.minimum(back, course.arrived[index])[counts]
     returns = np.isfinite(back)
-    arrivals = course.arrived[np.isfinite(course.arrived)]
-    sizes = (1, len(arrivals), len(noticed), int(returns.sum()))
-    moments = np.concatenate([[begin], arrivals, noticed, back[returns]])
-    parts = ((members, -1, -1, 1), (0, 0, 1, -1), (0, 1, 0, 0))
+    comes = np.isfinite(course.arrived)
+    sizes = (1, int(comes.sum()), len(noticed), int(returns.sum()))
+    moments = np.concatenate([[begin], course.arrived[comes], noticed, back[returns]])
     order = np.argsort(moments, kind="stable")
+    parts = ((members, -1, -1, 1), (0, 0, 1, -1), (rule.already, 1, 0, 0))
     sums = [np.cumsum(np.repeat(part, sizes)[order]) for part in parts]
+    held = course.tokens[index][counts]  # of nodes that go and come back
+    within = np.concatenate(
+        [
+            [rule.already_tokens + course.tokens.sum()],
+            0 * course.tokens[comes],
+            -held,
+            held[returns],
+        ]
+    )
+    arrived = np.concatenate(
+        [[rule.already_tokens], course.tokens[comes], 0 * held, 0 * held[returns]]
+    )
+    sums += [np.cumsum(values[order]) for values in (arrived, within)]
     moments = moments[order]
     # Of several changes at one moment only the state after the last can be seen.
     last = np.append(moments[1:] > moments[:-1], True)
-    return moments[last], sums[0][last], sums[1][last], sums[2][last]
+    return _Seen(moments[last], *(values[last] for values in sums))
 
 
-def _ask(rule: Rule, committed: int, awaited: int, lost: int, moment: float) -> Decision:
-    tally = Tally(committed + rule.already, awaited, lost)
-    return decide_tally(rule.number, rule.deadline, rule.quorum, tally, moment)
-
-
-def _outcome(rule: Rule, course: Course, decision: Decision, moment: float, lost: int) -> Outcome:
+def _outcome(course: Course, decision: Decision, moment: float, lost: int) -> Outcome:
     return Outcome(decision, moment, course.arrived <= moment, lost)
