@@ -47,8 +47,11 @@ class Account:
         self._opened: float | None = None
         self._leased = 0.0
         self._members = self._committed = self._lost = 0
-        self._train = np.zeros(len(self.fits))
-        self._round_tokens = 0
+        # An attempt is in the books once its round is published: figures are of published rounds.
+        classes = len(self.fits)
+        self._seconds = {phase: np.zeros(classes) for phase in PHASES}
+        self._tokens = np.zeros(classes, dtype=np.int64)
+        self._contributions = np.zeros(classes, dtype=np.int64)
         self._before = list(self.bytes)
         self._pending: list[tuple[Course, Bools, float]] = []
 
@@ -76,15 +79,12 @@ class Account:
         phases = {"fetch": fetch, "encode": encode, "push": push, "others": others}
         phases["train"], phases["wasted"] = np.where(done, train, 0.0), np.where(done, 0.0, train)
         for phase, seconds in phases.items():
-            self.seconds[phase] += self._sum(kinds, seconds)
-        self._train += self._sum(kinds, phases["train"])
-        self.tokens += self._sum(kinds, np.where(done, course.tokens, 0)).astype(np.int64)
-        self.contributions += self._sum(kinds, done.astype(np.float64)).astype(np.int64)
-        self._round_tokens += int(course.tokens[done].sum())
+            self._seconds[phase] += self._sum(kinds, seconds)
+        self._tokens += self._sum(kinds, np.where(done, course.tokens, 0)).astype(np.int64)
+        self._contributions += self._sum(kinds, done.astype(np.float64)).astype(np.int64)
         self._committed += int(done.sum())
         self._lost = outcome.lost
         self.moved(self.sizes.uplink_bytes * float((course.pushed <= end).sum()), 0.0, 0.0)
-        self.reopened += not closes
         if closes:
             self._keep_bars(number, course, done)
         if self.events is not None:
@@ -96,7 +96,12 @@ class Account:
         lines = self.fleet.timelines
         last = self._pending[-1][0].nodes
         closing = lines.online_seconds(last, moment) - lines.online_seconds(last, closed)
-        self.seconds["closing"] += self._sum(self.fleet.kind[last], closing)
+        self._seconds["closing"] += self._sum(self.fleet.kind[last], closing)
+        for phase, values in self._seconds.items():
+            self.seconds[phase] += values
+        self.tokens += self._tokens
+        self.contributions += self._contributions
+        self.reopened += self._attempts - 1
         online = self._look(moment)
         up, down, own = (now - then for now, then in zip(self.bytes, self._before, strict=True))
         assert self._opened is not None
@@ -111,11 +116,11 @@ class Account:
                 members=self._members,
                 contributions=self._committed,
                 lost=self._lost,
-                tokens=self._round_tokens,
+                tokens=int(self._tokens.sum()),
                 bytes_up=up,
                 bytes_down=down,
                 egress=own,
-                train_by_class=tuple(self._train.tolist()),
+                train_by_class=tuple(self._seconds["train"].tolist()),
                 online_by_class=tuple(online.tolist()),
             )
         )
@@ -169,7 +174,6 @@ class Account:
 
     def result(self, end: float | None) -> PlanResult:
         """What was found; ``end`` is the plan's length if the scenario gives one."""
-        # An unfinished round is in nobody's books: figures are of published rounds.
         length = float(self.rounds[-1].published if self.rounds else (end or 0.0))
         self.seconds["apart"] += np.maximum(self.online - sum(self.seconds.values()), 0.0)
         online = float(self.online.sum())
@@ -225,7 +229,9 @@ class Account:
         rounds = len(self.rounds)
         tokens = int(self.tokens.sum())
         pace = tokens / days if days and rounds else None
-        up, down, own = self.bytes
+        up = sum(row.bytes_up for row in self.rounds)
+        down = sum(row.bytes_down for row in self.rounds)
+        own = sum(row.egress for row in self.rounds)
         line = self.scenario.coordinator
         kwh = sum(row.kwh for row in classes)
         prices = [entry.price_per_kwh for entry in self.scenario.population]

@@ -10,10 +10,10 @@ import numpy as np
 
 from talkoot.protocol.errors import ConfigError
 from talkoot.sims.figures import bytes_text, clean, count_text
-from talkoot.sims.planning.result import PlanResult
+from talkoot.sims.planning.result import PHASE_WORDS, PHASES, PlanResult
 from talkoot.sims.report_plot import DARK, LIGHT, Palette
 
-__all__ = ["DARK", "LIGHT", "PICTURES", "Draw", "draw"]
+__all__ = ["DARK", "LIGHT", "PICTURES", "Draw", "draw", "sweep_picture"]
 
 WIDTH: Final = 9.6  # inches
 DPI: Final = 130
@@ -170,7 +170,7 @@ def timeline(figure: Any, palette: Palette, results: Sequence[PlanResult]) -> No
     row = next(row for row in one.rounds if row.round == number)
     last = row.closed - row.opened
     shades = colours(palette)
-    parts = (("fetch", shades[5]), ("train", shades[0]), ("encode and push", shades[1]))
+    parts = (("fetch", shades[1]), ("train", shades[0]), ("encode and push", shades[3]))
     for place, bar in enumerate(bars):
         begin = 0.0
         for end, (_, shade) in zip((bar.fetched, bar.trained, bar.arrived), parts, strict=True):
@@ -246,6 +246,42 @@ def traffic(figure: Any, palette: Palette, results: Sequence[PlanResult]) -> Non
     axes.set_xlim(0, times[-1])
     legend(axes, palette, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return None
+
+
+def sweep_picture(labels: Sequence[str], points: Sequence[Sequence[PlanResult]]) -> Draw:
+    """Where the time goes, a bar for each combination of values."""
+
+    def paint(figure: Any, palette: Palette, _results: Sequence[PlanResult]) -> None:
+        axes = figure.add_subplot()
+        shades = dict(zip(PHASES, (*colours(palette), palette.faint), strict=True))
+        begins = np.zeros(len(points))
+        for phase in PHASES:
+            parts = np.array(
+                [np.mean([one.phases[phase] for one in results]) for results in points]
+            )
+            axes.barh(
+                range(len(points)),
+                parts,
+                left=begins,
+                height=0.7,
+                color=shades[phase],
+                label=PHASE_WORDS[phase],
+            )
+            begins += parts
+        for place, results in enumerate(points):
+            paces = [pace for one in results if (pace := one.figures["tokens_per_day"])]
+            words = count_text(float(np.mean(paces))) if paces else "no round"
+            axes.text(1.01, place, words, va="center", color=palette.ink)
+        axes.set_yticks(range(len(labels)))
+        axes.set_yticklabels([clean(label, cap=100) for label in labels])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        frame(axes, palette, "")
+        axes.grid(visible=False)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+
+    return paint
 
 
 PICTURES: Final[tuple[tuple[str, str, str, Draw, float], ...]] = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from talkoot.protocol.files import explain_os_error, write_atomic
 from talkoot.sims.figures import bytes_text, clean, count_text, many, seconds_text
 from talkoot.sims.page import document, picture, table, tiles
-from talkoot.sims.planning.plots import DARK, LIGHT, PICTURES, draw
+from talkoot.sims.planning.plots import DARK, LIGHT, PICTURES, draw, sweep_picture
 from talkoot.sims.planning.result import PHASE_WORDS, PHASES, PlanResult
 from talkoot.sims.planning.words import middle, money, share
 
@@ -171,7 +171,7 @@ def write_sweep(points: Sequence[Point], out: Path) -> Path:
     """Write index.html with a row for each combination of values; the page's path."""
     first = points[0]
     heads = (
-        *first.values,
+        *(key.split(".")[-1] for key in first.values),
         *("tokens a day", "utilization", "round", "egress a day", "wait for others", "closing"),
     )
     rows = []
@@ -189,11 +189,22 @@ def write_sweep(points: Sequence[Point], out: Path) -> Path:
                 share(phases["closing"]),
             )
         )
-    body = (
-        f"<h1>{escape(first.scenario.name)}: {many(len(points), 'plan')}</h1>",
-        f'<p class="faint">{escape(clean(first.scenario.sentence, cap=400))}</p>',
-        table(heads, rows, words=0),
-    )
+    labels = [point.label for point in points]
+    drawn = sweep_picture(labels, [point.results for point in points])
+    height = 2.4 + 0.34 * len(points)
     index = out / "index.html"
-    write_atomic(index, document(f"talkoot sweep: {first.scenario.name}", body).encode())
+    try:
+        light = draw(drawn, [], LIGHT, height)
+        write_atomic(out / "sweep.png", light)
+        body = (
+            f"<h1>{escape(first.scenario.name)}: {many(len(points), 'plan')}</h1>",
+            f'<p class="faint">{escape(clean(first.scenario.sentence, cap=400))}</p>',
+            table(heads, rows, words=0),
+            '<h2>Where the time goes</h2><p class="faint">Of the nodes\' time online; beside it '
+            "tokens a day.</p>",
+            picture("Where the time goes", light, draw(drawn, [], DARK, height)),
+        )
+        write_atomic(index, document(f"talkoot sweep: {first.scenario.name}", body).encode())
+    except OSError as err:
+        raise explain_os_error(err, "writing the sweep", out) from err
     return index

@@ -138,8 +138,9 @@ def print_sweep(points: Sequence[Point], console: Any) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for key in points[0].values:
         table.add_column(key.split(".")[-1])
-    for head in ("tokens/day", "", "trains", "round", "out/day", "waits", "closing"):
-        table.add_column(head, justify="left" if not head else "right")
+    single = len(points[0].values) == 1  # there is room for a bar
+    for head in ("tokens/day", *([""] * single), "trains", "round", "out/day", "waits", "closing"):
+        table.add_column(head, justify="left" if not head else "right", no_wrap=True)
     paces = [middle(point.results, "tokens_per_day") or 0.0 for point in points]
     best = max(paces) or 1.0
     for point, pace in zip(points, paces, strict=True):
@@ -148,7 +149,7 @@ def print_sweep(points: Sequence[Point], console: Any) -> None:
         table.add_row(
             *(str(value) for value in point.values.values()),
             count_text(pace),
-            "█" * round(8 * pace / best),
+            *(["█" * round(8 * pace / best)] * single),
             share(middle(point.results, "utilization")),
             seconds_text(middle(point.results, "round_seconds")),
             bytes_text(None if egress is None else 1e9 * egress),
