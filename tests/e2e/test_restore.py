@@ -1,28 +1,91 @@
-"""A coordinator is backed up while it runs, destroyed, and restored somewhere else."""
+"""A coordinator is backed up while it runs, destroyed, and restored somewhere else.
+
+One of its volunteers is watched all the while, by a hook in its Python and by strace.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.client.hostile.record import by_hook, by_kernel, not_due, strace, why_no_strace
 
-from talkoot.server.audit import Auditor
+from talkoot.server.audit import Audit, Auditor
 from talkoot.sims import probe
-from talkoot.sims.local import LocalNetwork
+from talkoot.sims.local import BIN, Command, LocalNetwork
 
 pytestmark = pytest.mark.e2e
 
+HOSTILE = Path(__file__).parents[1] / "client" / "hostile"
+JOIN_FLAGS = ("--threads", "1", "--checkpoint-seconds", "0.2")
 
-def test_volunteers_follow_a_coordinator_that_was_restored_elsewhere_back_and_go_on(
-    run_network: Callable[..., LocalNetwork], tmp_path: Path
-) -> None:
-    network = run_network("ada", "ben", tokens_per_node=2048)
-    network.wait_for(
-        "both at work", lambda s: sum(n["contributions"] > 0 for n in s["nodes"]) == 2, 150
+
+@dataclass
+class Story:
+    """What happened to a network."""
+
+    root: Path
+    network: LocalNetwork
+    elsewhere: LocalNetwork
+    lost_version: int
+    """The newest that the coordinator had published before it was destroyed."""
+    restored: Audit
+    """Of the restored state, before it served."""
+
+
+def _watched_join(network: LocalNetwork, name: str, url: str, root: Path) -> None:
+    """Join under a hook and strace, with a home, a working and a temporary directory to look at."""
+    network.home(name).parent.mkdir()
+    for folder in ("watched", "user", "tmp"):
+        (root / folder).mkdir()
+    traced = [*strace(root / "kernel"), "-D"] if why_no_strace() is None else []
+    home = ("--home", str(network.home(name)), "--name", name)
+    network.nodes[name] = Command(
+        name,
+        [*traced, str(BIN / "talkoot"), "join", url, *home, *JOIN_FLAGS],
+        network.root / "logs" / f"{name}.log",
+        {
+            "PYTHONPATH": str(HOSTILE),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "TALKOOT_WATCH": str(root / "watched"),
+            "HOME": str(root / "user"),
+            "TMPDIR": str(root / "tmp"),
+        },
     )
-    vault, passphrase = tmp_path / "vault", tmp_path / "passphrase"
+    network.nodes[name].start()
+
+
+@pytest.fixture(scope="module")
+def story(
+    tmp_path_factory: pytest.TempPathFactory, copy_state: Callable[..., None]
+) -> Iterator[Story]:
+    root = tmp_path_factory.mktemp("restore")
+    elsewhere = LocalNetwork(root / "another-machine")
+    with LocalNetwork(root / "network") as network:
+        try:
+            yield _play(root, network, elsewhere, copy_state)
+        finally:
+            elsewhere.nodes = {}
+            elsewhere.__exit__(None, None, None)
+            print(network.tails(40), elsewhere.tails(40))
+
+
+def _play(
+    root: Path, network: LocalNetwork, elsewhere: LocalNetwork, copy_state: Callable[..., None]
+) -> Story:
+    copy_state(network, tokens_per_node=2048)
+    network.serve()
+    network.wait_for("the coordinator", lambda _: True, 90)
+    url = network.invite(2)
+    _watched_join(network, "ada", url, root)
+    network.join("ben", url, *JOIN_FLAGS)
+    network.wait_for(
+        "both at work", lambda s: sum(n["contributions"] > 0 for n in s["nodes"]) == 2, 200
+    )
+    vault, passphrase = root / "vault", root / "passphrase"
     passphrase.write_text("a passphrase of some length\n")
     sealed = ("--passphrase-file", str(passphrase))
     said = network.run(
@@ -34,30 +97,49 @@ def test_volunteers_follow_a_coordinator_that_was_restored_elsewhere_back_and_go
 
     network.kill_coordinator()
     shutil.rmtree(network.state)
-    elsewhere = LocalNetwork(tmp_path / "another-machine", nodes=network.nodes)
     elsewhere.root.mkdir()
     (elsewhere.root / "volunteers").symlink_to(network.root / "volunteers")
-    restored = ("restore", str(vault), "--state", str(elsewhere.state), *sealed)
-    network.run("talkoot-coordinator", *restored)
-    assert Auditor(elsewhere.state).audit().findings == []
+    elsewhere.nodes = network.nodes
+    network.run(
+        *("talkoot-coordinator", "restore", str(vault), "--state", str(elsewhere.state)), *sealed
+    )
+    restored = Auditor(elsewhere.state).audit()
     elsewhere.serve()
-    try:
-        elsewhere.wait_for(
-            "both at work again, further than they were",
-            lambda s: s["version"] > lost["version"] and s["history"][-1]["contributions"] == 2,
-            120,
-        )
-        elsewhere.wait_for("agreement of replicas", lambda s: probe.agree(s, "ada", "ben"), 60)
-        elsewhere.stop()
-        audit = Auditor(elsewhere.state).audit()
-        assert audit.findings == []
-        for name in ("ada", "ben"):
-            said = network.nodes[name].said()
-            assert "Traceback" not in said
-            assert "The coordinator was restored from a backup; going back with it." in said
-            # What is on their disks is of the new history, which went another way than the old.
-            held = (probe.held_version(elsewhere, name), probe.replica_digest(elsewhere, name))
-            assert held in probe.versions(elsewhere)
-    finally:
-        elsewhere.__exit__(None, None, None)
-        print(elsewhere.tails(40))
+    elsewhere.wait_for(
+        "both at work again, further than they were",
+        lambda s: s["version"] > lost["version"] and s["history"][-1]["contributions"] == 2,
+        150,
+    )
+    elsewhere.wait_for("agreement of replicas", lambda s: probe.agree(s, "ada", "ben"), 60)
+    elsewhere.stop()
+    return Story(root, network, elsewhere, lost["version"], restored)
+
+
+def test_volunteers_follow_a_coordinator_that_was_restored_elsewhere_back_and_go_on(
+    story: Story,
+) -> None:
+    assert story.restored.findings == []
+    assert Auditor(story.elsewhere.state).audit().findings == []
+    versions = probe.versions(story.elsewhere)
+    assert versions[-1][0] > story.lost_version
+    for name in ("ada", "ben"):
+        said = story.network.nodes[name].said()
+        assert "Traceback" not in said
+        assert "The coordinator was restored from a backup; going back with it." in said
+        # What is on their disks is of the new history, which went another way than the old.
+        held = probe.held_version(story.elsewhere, name)
+        assert (held, probe.replica_digest(story.elsewhere, name)) in versions
+
+
+def test_a_daemon_runs_nothing_but_itself_and_writes_below_its_home_only(story: Story) -> None:
+    below = [story.network.home("ada"), story.root / "tmp"]
+    ports = [story.elsewhere.gateway_port, int(story.elsewhere.ports["transfer_port"])]
+    acts = list(by_hook(story.root / "watched"))
+    assert {act.kind for act in acts} >= {"write", "import", "code", "run", "connect"}
+    assert not_due(acts, below=below, ports=ports) == {}
+    assert list((story.root / "user").iterdir()) == []
+    if (story.root / "kernel").exists():
+        seen = list(by_kernel(story.root / "kernel"))
+        assert {act.kind for act in seen} >= {"write", "run", "connect"}
+        may = [*below, story.root / "watched"]
+        assert not_due(seen, below=may, ports=ports) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +45,8 @@ def _quiet_flower() -> None:
 @app.command()
 def join(
     invite: Annotated[
-        str | None, typer.Argument(help="The invite URL; not needed to come back.")
+        str | None,
+        typer.Argument(help="The invite URL, or - to read it from standard input; once is enough."),
     ] = None,
     home: HomePath = DEFAULT_HOME,
     name: Annotated[str | None, typer.Option(help="How the operator sees this node.")] = None,
@@ -71,9 +73,14 @@ def join(
 ) -> None:
     """Join a network and train until Ctrl-C (twice: at once)."""
     _quiet_flower()
+    from talkoot.client.argv import hide
     from talkoot.client.join import join as do_join
     from talkoot.protocol.memory import parse_size
 
+    if invite == "-":
+        invite = sys.stdin.readline().strip()
+    elif invite is not None:
+        hide(invite)  # from those who list this machine's processes
     node = _home(home)
     chosen: dict[str, Any] = {
         "device": device,

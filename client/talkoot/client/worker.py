@@ -57,6 +57,7 @@ from talkoot.protocol.messages import (
     canonical_bytes,
     parse,
 )
+from talkoot.protocol.refusals import printable
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +94,14 @@ class Worker:
         plane: Callable[[Enrolment, NodeKey, Meter], DataPlane] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        def tell(sentence: str) -> None:
+            say(printable(sentence))  # it may be the coordinator's
+
+        self._say = tell
         self.home = home
         self.trainer = trainer
         enrolment = Enrolment.load(home.enrolment)
         self.key = NodeKey.load(home.key)
-        self._say = say
         self._settings = home.settings()
         self.counters: Counters = home.counters()
         self.meter = Meter(self.counters.bytes_up, self.counters.bytes_down)

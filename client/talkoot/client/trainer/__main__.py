@@ -32,6 +32,8 @@ LOCK_SECONDS = 60.0
 """How long to wait for a trainer whose daemon died to finish its step and let go."""
 NICENESS = 19
 """A volunteer's own programs come first, always: training takes what they leave."""
+CACHE = "torch"
+"""Below the work directory: what torch compiles, should it."""
 _PR_SET_PDEATHSIG = 1
 _OOM_PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -239,6 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.dup2(2, 1)
     # No model, tokenizer or kernel is ever taken from the network here.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Not below /tmp, where torch would take what another user of this machine has put there.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.work.absolute() / CACHE)
     requests = Requests()
     _end_with_parent(requests, options.parent)
     threading.Thread(
