@@ -508,6 +508,12 @@ def test_chunks_without_end_are_cut_off_at_the_cap(site: Site) -> None:
 def test_headers_without_end_are_cut_off(site: Site) -> None:
     head = b"POST " + PULL + b" HTTP/1.1\r\nHost: x\r\n"
     assert site.raw(head + b"X: " + b"y" * (2 * http_edge.MAX_HEADERS))[0] in {0, 400}
+    # Whole, in one delivery, as many TLS records as it takes.
+    info = b"GET /api/v1/info HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    assert site.raw(info + b"X: " + b"y" * (http_edge.MAX_HEADERS // 2) + b"\r\n\r\n")[0] == 200
+    for size in (2, 4, 12):
+        lines = b"X: y\r\n" * (size * http_edge.MAX_HEADERS // 6)
+        assert site.raw(info + lines + b"\r\n")[0] == 400
     assert site.upstream.seen == []
 
 

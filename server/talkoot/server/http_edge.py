@@ -31,6 +31,8 @@ KEEP_ALIVE_SECONDS: Final = 20
 """An idle connection's life; nodes poll every few seconds and keep theirs."""
 MAX_HEADERS: Final = 16 * limits.KIB
 """Bytes of request line and headers."""
+PIECE: Final = 4 * limits.KIB
+"""Bytes that are parsed at a time, and by which headers may be over their cap."""
 MAX_CACHE_ENTRIES: Final = 4096
 
 COMMON_HEADERS: Final[Mapping[str, str]] = {
@@ -189,9 +191,16 @@ class DeadlineProtocol(H11Protocol):
         self._arm(HEADER_SECONDS)
 
     def data_received(self, data: bytes) -> None:
-        """Give a request that has just begun its time."""
-        super().data_received(data)
-        self._watch()
+        """Give a request that has just begun its time.
+
+        In small pieces: h11 counts headers only while they are not whole, and a TLS connection can
+        deliver a quarter of a megabyte at once.
+        """
+        for start in range(0, len(data), PIECE):
+            super().data_received(data[start : start + PIECE])
+            self._watch()
+            if self.transport.is_closing():
+                return
 
     def on_response_complete(self) -> None:
         """The next headers may take the idle time and then as long as the first ones."""
