@@ -244,6 +244,32 @@ def test_a_copied_payload_commits_nothing_for_the_copyist(site: Site) -> None:
         assert set(session.scalars(select(CommittedBlock.lease_id))) == {mine.lease.lease_id}
 
 
+def test_what_a_node_has_pushed_is_nobodys_to_read_overwrite_or_claim(site: Site) -> None:
+    anna, bo = site.add_node("anna"), site.add_node("bo")
+    site.book.open_round(site.online(), 1.0, now=NOW)
+    task = site.task(anna)
+    lease_id = task.lease.lease_id
+    ref = site.push(anna, lease_id, seed=7)
+    # Nobody fetches it by its digest, not even who knows it.
+    assert site.desk.source().lookup(ref.digest) is None
+    # Under her lease nobody else pushes, resumes or asks what is there.
+    assert not site.desk.may_push(bo, lease_id, ref.digest, ref.size_bytes).accepted
+    assert not site.desk.has_pushed(bo, lease_id, ref.digest)
+    assert not site.desk.has_pushed(bo, site.task(bo).lease.lease_id, ref.digest)
+    # Claimed under another's lease, or for oneself without pushing, it is refused.
+    claim = site.claim(task, ref)
+    assert not site.desk.submit(
+        bo,
+        site.keys[bo].sign(
+            "Contribution", canonical_bytes(claim.model_copy(update={"node_id": bo}))
+        ),
+    ).accepted
+    with pytest.raises(RefusedError, match="never pushed"):
+        site.desk.submit(bo, site.sign(site.claim(site.task(bo), ref)))
+    # It is as she left it.
+    assert site.desk.submit(anna, site.sign(claim)).accepted
+
+
 def test_a_late_contribution_is_refused_with_its_reason_and_its_upload_dropped(
     site: Site, task: RoundTask
 ) -> None:
