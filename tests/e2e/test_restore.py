@@ -5,7 +5,9 @@ One of its volunteers is watched all the while, by a hook in its Python and by s
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,11 @@ class Story:
     """The newest that the coordinator had published before it was destroyed."""
     restored: Audit
     """Of the restored state, before it served."""
+    invite: str
+    seen: dict[str, bytes]
+    """What others may see while the network runs: logs, command lines, databases."""
+    secrets: dict[str, bytes]
+    """Every key and token there was, in the form in which it would be found."""
 
 
 def _watched_join(network: LocalNetwork, name: str, url: str, root: Path) -> None:
@@ -95,6 +102,7 @@ def _play(
     # The volunteers see versions that the backup does not know.
     lost = network.wait_for("versions after that", lambda s: s["version"] >= backed_up + 3, 90)
 
+    seen, secrets = _in_sight(network), _secrets(network, url, passphrase)
     network.kill_coordinator()
     shutil.rmtree(network.state)
     elsewhere.root.mkdir()
@@ -112,7 +120,35 @@ def _play(
     )
     elsewhere.wait_for("agreement of replicas", lambda s: probe.agree(s, "ada", "ben"), 60)
     elsewhere.stop()
-    return Story(root, network, elsewhere, lost["version"], restored)
+    seen |= {f"vault/{p.name}": p.read_bytes() for p in vault.rglob("*") if p.is_file()}
+    return Story(root, network, elsewhere, lost["version"], restored, url, seen, secrets)
+
+
+def _in_sight(network: LocalNetwork) -> dict[str, bytes]:
+    """Logs, command lines and databases, of everybody."""
+    seen = {}
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = line.read_bytes()
+            if not words.startswith(b"strace"):  # which the test itself has given the invite
+                seen[str(line)] = words
+    for path in network.root.rglob("*"):
+        if path.is_file() and (path.suffix in (".log", ".out") or ".db" in path.suffix):
+            seen[str(path)] = path.read_bytes()
+    return seen
+
+
+def _secrets(network: LocalNetwork, invite: str, passphrase: Path) -> dict[str, bytes]:
+    found = {
+        "the invite's token": invite.partition("token=")[2].encode(),
+        "the passphrase": passphrase.read_bytes().strip(),
+    }
+    for path in network.root.rglob("*"):
+        if path.is_file() and path.stat().st_size < 16_384:
+            text = path.read_bytes()
+            if b"PRIVATE KEY" in text:  # what is between the first line and the last
+                found[str(path)] = text.splitlines()[2]
+    return found
 
 
 def test_volunteers_follow_a_coordinator_that_was_restored_elsewhere_back_and_go_on(
@@ -143,3 +179,35 @@ def test_a_daemon_runs_nothing_but_itself_and_writes_below_its_home_only(story: 
         assert {act.kind for act in seen} >= {"write", "run", "connect"}
         may = [*below, story.root / "watched"]
         assert not_due(seen, below=may, ports=ports) == {}
+
+
+def test_no_key_token_or_passphrase_is_in_a_log_on_a_command_line_or_in_a_database(
+    story: Story,
+) -> None:
+    assert {Path(name).name for name in story.secrets} >= {
+        *("the invite's token", "the passphrase", "coordinator.pem", "ca-key.pem", "server.key"),
+        *("superlink.key", "identity.pem"),
+    }
+    kinds = [name.rpartition("/")[2] for name in story.seen]
+    assert {"cmdline", "ledger.db", "flower.db", "daemon.log", "superlink.log"} <= set(kinds)
+    assert any(b"\0join\0" in words for words in story.seen.values())
+    found = [
+        (what, where)
+        for what, secret in story.secrets.items()
+        for where, text in story.seen.items()
+        if secret in text
+    ]
+    assert found == []
+
+
+def test_secrets_are_for_their_owner_only(story: Story) -> None:
+    state, homes = story.elsewhere.state, story.network.root / "volunteers"
+    directories = [state, *(state / n for n in ("ca", "keys", "tls", "store", "versions", "logs"))]
+    directories += [state / "tls" / "loopback", *homes.iterdir(), story.root / "vault"]
+    assert {stat.S_IMODE(d.stat().st_mode) for d in directories} == {0o700}
+    files = [p for d in (state / "ca", state / "keys", state / "tls") for p in d.rglob("*")]
+    files += [state / "config.toml", state / "ledger.db", state / "flower.db"]
+    for home in homes.iterdir():
+        files += [home / "identity.pem", home / "enrolment.json"]
+    files += list((story.root / "vault" / "secrets").iterdir())
+    assert {stat.S_IMODE(p.stat().st_mode) for p in files if p.is_file()} == {0o600}
