@@ -108,9 +108,12 @@ class Operator:
 
     def refused(self, op: str, **more: object) -> str:
         """What the node says no with: an error's code, or a verdict's."""
-        reply = self.ask(op, **more)
-        said = reply.get("error") or reply["ok"]
-        assert said is not None, f"{op} was believed"
+        for _ in range(10):
+            reply = self.ask(op, **more)
+            said = reply.get("error") or reply["ok"]
+            assert said is not None, f"{op} was believed"
+            if said.get("type") != "UnavailableError":  # a busy machine: nobody has answered yet
+                break
         assert said.get("accepted", False) is False
         assert said["sentence"].isprintable()
         return str(said["code"])
