@@ -85,7 +85,9 @@ def _play(
 ) -> Story:
     copy_state(network, tokens_per_node=2048)
     network.serve()
-    network.wait_for("the coordinator", lambda _: True, 90)
+    operator = network.coordinator
+    assert operator is not None
+    probe.until("the SuperLink", lambda: "Serving run" in operator.said(), network)
     url = network.invite(2)
     _watched_join(network, "ada", url, root)
     network.join("ben", url, *JOIN_FLAGS)

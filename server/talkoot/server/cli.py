@@ -33,6 +33,7 @@ app.add_typer(ca_app, name="ca")
 
 app.command()(cli_backup.backup)
 app.command()(cli_backup.restore)
+app.command()(cli_backup.repair)
 store_app = typer.Typer(help="The object store that artifacts are copied to.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 

@@ -84,6 +84,39 @@ def restore(
     typer.echo(f"Next: talkoot-coordinator verify --state {state}, then serve.")
 
 
+def repair(
+    state: State = DEFAULT_STATE,
+    backup_dir: Annotated[
+        Path | None, typer.Option("--from-backup", help="A directory of 'backup'.")
+    ] = None,
+    url: Annotated[
+        list[str] | None,
+        typer.Option("--from-url", help="An object store or mirror; store.url if not given."),
+    ] = None,
+) -> None:
+    """Replace damaged or missing files by whole copies, while serving or not."""
+    from talkoot.protocol.errors import IntegrityError
+    from talkoot.server.coordinator import Coordinator
+    from talkoot.server.copier import open_store
+    from talkoot.server.objects import ObjectStore
+    from talkoot.server.repair import repair as mend
+
+    coordinator = Coordinator.open(state)
+    stores = [ObjectStore(one) for one in url or ()]
+    if not stores and coordinator.config.store.url:
+        stores.append(open_store(coordinator))
+    done = mend(coordinator, vault=backup_dir, stores=tuple(stores))
+    for line in (*done.repaired, *done.lost):
+        typer.echo(line)
+    if done.lost:
+        raise IntegrityError(
+            f"{len(done.lost)} of {done.looked} files stay damaged: name a backup (--from-backup) "
+            "or a mirror (--from-url) that has them, or restore a backup.",
+            code="not-repaired",
+        )
+    typer.echo(f"{done.looked} files are whole; {len(done.repaired)} of them were replaced.")
+
+
 def _passphrase(path: Path | None) -> bytes | None:
     from talkoot.server.backup.seal import read_passphrase
 

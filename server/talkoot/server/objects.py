@@ -152,15 +152,33 @@ class ObjectStore:
         """Read an object: whether its bytes hash to its name; None if it is not there."""
         hasher = hashlib.sha256()
         try:
-            for data in self._obstore.get(self._store, object_path(digest)).stream(
-                min_chunk_size=READ_BYTES
-            ):
-                hasher.update(data)
+            self.read(digest, hasher.update)
         except FileNotFoundError:
             return None
+        return hasher.hexdigest() == digest
+
+    def read(self, digest: str, take: Callable[[bytes], object]) -> None:
+        """Read an object in pieces, whatever its bytes are.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            RefusedError, UnavailableError: as in :meth:`put`.
+        """
+        try:
+            got = self._obstore.get(self._store, object_path(digest))
+            pieces = iter(got.stream(min_chunk_size=READ_BYTES))
+        except FileNotFoundError:
+            raise
         except Exception as err:
             raise self._explained(err) from err
-        return hasher.hexdigest() == digest
+        while True:
+            try:
+                data = next(pieces, None)
+            except Exception as err:
+                raise self._explained(err) from err
+            if data is None:
+                return
+            take(bytes(data))  # whose errors are its own
 
     def delete(self, digest: str) -> None:
         """Delete an object; harmless when it is gone."""
