@@ -37,7 +37,7 @@ from talkoot.protocol.errors import (
 )
 from talkoot.protocol.files import DirectoryLock
 from talkoot.protocol.identity import NodeKey, load_public_key, verify
-from talkoot.protocol.limits import MAX_JSON_ARTIFACT, PROTOCOL_VERSION
+from talkoot.protocol.limits import MAX_JSON_ARTIFACT, MIB, PROTOCOL_VERSION
 from talkoot.protocol.messages import (
     ArtifactRef,
     Capability,
@@ -65,6 +65,8 @@ State = Literal["idle", "syncing", "proving", "training", "pushing", "paused"]
 
 MAX_RETRY_SECONDS = 5.0
 MIN_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.02, 600.0
+REREAD_BYTES = 64 * MIB
+"""Up to this size an artifact that is here already is hashed again before it is used."""
 MAX_TRAINER_DEATHS = 3
 """In one lease; a node that cannot hold on gives the lease back."""
 REPLICA_DIFFERS = "replica-differs"
@@ -269,7 +271,21 @@ class Worker:
 
     def _fetch(self, ref: ArtifactRef) -> Path:
         self._learn_mirrors()
+        self._drop_damaged(ref)
         return self.transfer.fetch(ref, self._store, should_stop=self.should_stop)
+
+    def _drop_damaged(self, ref: ArtifactRef) -> None:
+        """Forget a copy that has another size by now or, if it is small, other bytes.
+
+        Large ones are weights and updates: what is made of them is held against a digest.
+        """
+        found = self._store.lookup(ref.digest)
+        if found is not None and (
+            found.length != ref.size_bytes
+            or (ref.size_bytes <= REREAD_BYTES and not self._store.verify(ref.digest))
+        ):
+            log.warning("artifact %s is damaged here; fetching it anew", ref.digest)
+            self._store.delete(ref.digest)
 
     def _fetch_json(self, ref: ArtifactRef) -> Path:
         if ref.size_bytes > MAX_JSON_ARTIFACT:
@@ -441,6 +457,8 @@ class Worker:
             if err.code != REPLICA_DIFFERS or not usable:
                 raise
             self._say("The replica differs from what is published; fetching a checkpoint anew.")
+            for ref in (base.checkpoint, *base.updates):  # it may be one of these that is damaged
+                self._store.delete(ref.digest)
             self._sync_from(base, None)
             self.save_counters(healed=self.counters.healed + 1)
 

@@ -31,6 +31,7 @@ class Driver:
         self.trainer = TrainerHost(home.work, "cpu", 1, home.logs / "trainer.log")
         self.trainer.start()
         self.worker = Worker(home, self.trainer, self.said.append)
+        self.node_id = self.worker.enrolment.node_id
 
     def again(self, *, remember: bool = False) -> None:
         """As in a new process; or as a node that has seen nothing yet."""

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 
 from talkoot.client.trainer.lease import LeaseJob, Progress, ShouldStop, run_lease
+from talkoot.client.trainer.mend import drop_damaged
 from talkoot.client.trainer.peak import PeakMeter
 from talkoot.client.trainer.workdir import LeaseResult, Published, State, WorkDir
 from talkoot.protocol import faults, limits, memory
@@ -395,6 +396,7 @@ class Trainer:
                 code="no-corpus",
             )
         self._reader(base)  # a damaged replica is found before anything is loaded
+        drop_damaged(run.work, run.manifest, self._built())
         job = LeaseJob(
             spec=run.spec,
             manifest=run.manifest,
