@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from bench import round7b
 from bench.child import run_child
 from bench.registry import all_benchmarks, compare, figure
 from bench.report import save_json, save_plot
@@ -51,3 +52,20 @@ def test_a_child_tells_its_result_and_its_peak_of_anonymous_memory() -> None:
 def test_a_child_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         run_child("tests.test_bench:hold", {"size": 0})
+
+
+@pytest.mark.parametrize("parameters", [3e7, 3e8, 7.0e9])
+def test_the_model_of_the_whole_round_has_the_parameters_that_were_asked_for(
+    parameters: float,
+) -> None:
+    assert round7b.manifest_for(int(parameters)).parameters == pytest.approx(parameters, rel=1e-3)
+
+
+def test_a_whole_round_is_not_begun_where_it_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--parameters", "1e11", "--scratch", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["round7b", *arguments])
+    assert round7b.main() == 1
+    assert "free some" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -322,6 +322,8 @@ def joined(
     parts: Sequence[SparseTensor], starts: Sequence[int], device: torch.device | str = "cpu"
 ) -> SparseTensor:
     """Sections as one tensor, on ``device``; ``starts``: each one's first element."""
+    if len(parts) == 1 and starts[0] == 0:
+        return parts[0].to(device)
     indices = torch.cat([part.indices + start for part, start in zip(parts, starts, strict=True)])
     values = torch.cat([part.values for part in parts])
     return SparseTensor(indices.to(device), values.to(device))

@@ -1,0 +1,202 @@
+"""A closed round beside raw reads and writes of the same state, and beside Flower's FedAvg.
+
+Ours reads contributions and state from the disk and leaves the next version on it, flushed
+(``fsync``). The state fits into the page cache here, for ours and for the raw copy alike. Flower's
+``aggregate_arrayrecords`` is given its records in memory, as a ServerApp has them, and leaves its
+result there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.cases.coding import DOWNLINK, UPLINK
+from bench.child import ChildResult, run_child
+from bench.registry import Row, Run, benchmark, compare, figure
+from talkoot.protocol.manifest import Manifest, TensorSpec
+
+SHAPE = (2048, 4096)
+NODES = 8
+
+
+def _manifest(parameters: int) -> Manifest:
+    count = max(1, round(parameters / (SHAPE[0] * SHAPE[1])))
+    return Manifest(
+        tensors=tuple(TensorSpec(name=f"w{n}", shape=SHAPE, dtype="float32") for n in range(count))
+    )
+
+
+@benchmark("aggregation")
+def aggregation(run: Run) -> Iterator[Row]:
+    """8 nodes and 1 GB of fp32 weights: time and memory of a round, from disk to disk."""
+    parameters = 2**25 if run.quick else 250_000_000
+    root = run.scratch
+    state = {"root": str(root), "parameters": parameters}
+    run_child("bench.cases.aggregation:prepare", state | {"nodes": 32})
+    rounds: list[ChildResult] = []
+    raws: list[ChildResult] = []
+    flowers: list[ChildResult] = []
+    repeats = 2 if run.quick else 3
+    for number in range(repeats):
+        rounds.append(_round(state, NODES))
+        raws.append(run_child("bench.cases.aggregation:raw_copy", {"root": str(root)}))
+        if not run.quick or number == 0:
+            flowers.append(
+                run_child(
+                    "bench.cases.aggregation:flower", {"parameters": parameters, "nodes": NODES}
+                )
+            )
+        run.say(
+            f"ours {rounds[-1].result['seconds']:.2f} s, raw {raws[-1].result['seconds']:.2f} s, "
+            f"Flower {flowers[-1].result:.2f} s"
+        )
+    seconds = [one.result["seconds"] for one in rounds]
+    yield compare(
+        "aggregation_seconds",
+        "s",
+        seconds,
+        [one.result["seconds"] for one in raws],
+        ratio_at_most=2.0,
+        note="2 threads; baseline: reading and writing the same state bytes, with fsync",
+    )
+    yield compare(
+        "aggregation_cpu_seconds",
+        "s",
+        [one.result["cpu"] for one in rounds],
+        [one.result["cpu"] for one in raws],
+        note="processor time of the same two: what other work on the machine disturbs less",
+    )
+    yield compare(
+        "aggregation_seconds_flower",
+        "s",
+        seconds[: len(flowers)],
+        [one.result for one in flowers],
+        ratio_at_most=0.2,
+        note="ours from disk to disk; baseline: Flower's aggregate_arrayrecords in memory",
+    )
+    yield compare(
+        "aggregation_peak_flower",
+        "MB",
+        [one.peak_anonymous / 1e6 for one in rounds[: len(flowers)]],
+        [one.peak_anonymous / 1e6 for one in flowers],
+        ratio_at_most=0.1,
+        note="anonymous memory of the whole process, torch included (mapped files: none)",
+    )
+    few, many = _round(state, 2), _round(state, 32)
+    yield compare(
+        "aggregation_peak_nodes",
+        "MB",
+        [many.peak_anonymous / 1e6],
+        [few.peak_anonymous / 1e6],
+        ratio_at_most=1.1,
+        note="32 contributions; baseline: 2",
+    )
+    threads: dict[str, float] = {}
+    for one in rounds:
+        for stage, spent in one.result["threads"].items():
+            threads[stage] = threads.get(stage, 0.0) + spent / len(rounds)
+    for stage, spent in sorted(threads.items(), key=lambda pair: -pair[1]):
+        yield figure(f"aggregation_{stage}", "s", spent, note="of all threads together")
+
+
+def _round(state: dict[str, Any], nodes: int) -> ChildResult:
+    arguments = {"root": state["root"], "parameters": state["parameters"], "nodes": nodes}
+    return run_child("bench.cases.aggregation:close", arguments)
+
+
+# In child processes ----------------------------------------------------------------------------
+
+
+def _parts(root: Path, nodes: int) -> list[Any]:
+    from talkoot.server.aggregate import ContributionInput
+
+    return [
+        ContributionInput(root / f"c{n}", 1000 + n, 1.0 + n / 100, f"{n:02}") for n in range(nodes)
+    ]
+
+
+def prepare(root: str, parameters: int, nodes: int) -> None:
+    """Version 1 (with feedback, as every one but the first) and contributions, on the disk."""
+    import torch
+
+    from talkoot.protocol.codec import encode_tensor
+    from talkoot.protocol.payload import write_payload
+    from talkoot.server.aggregate import VersionDir, aggregate_round, initial_state
+    from talkoot.server.outer import OuterSpec
+
+    directory, manifest = Path(root), _manifest(parameters)
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    initial_state(manifest, lambda _: noise * 0.02, directory / "v0")
+    # A few tensors, each encoded once; who sends which differs from node to node.
+    pool = [encode_tensor(noise.roll(n, 0) * 1e-3 * (1 + n / 10), UPLINK) for n in range(nodes)]
+    for node in range(nodes):
+        items = ((t.name, pool[(n + node) % nodes]) for n, t in enumerate(manifest.tensors))
+        write_payload(directory / f"c{node}", manifest, UPLINK, items, {})
+    parts, first = _parts(directory, NODES), VersionDir(directory / "v0")
+    out = directory / "v1"
+    aggregate_round(manifest, first, parts, UPLINK, DOWNLINK, OuterSpec(), out, workers=2)
+    shutil.rmtree(first.path)
+
+
+def close(root: str, parameters: int, nodes: int) -> dict[str, Any]:
+    """One round; its seconds, and those of its threads by stage."""
+    from talkoot.server.aggregate import VersionDir, aggregate_round
+    from talkoot.server.outer import OuterSpec
+
+    directory, manifest = Path(root), _manifest(parameters)
+    began, cpu = time.perf_counter(), time.process_time()
+    result = aggregate_round(
+        manifest,
+        VersionDir(directory / "v1"),
+        _parts(directory, nodes),
+        UPLINK,
+        DOWNLINK,
+        OuterSpec(),
+        directory / "v2",
+        workers=2,
+    )
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    shutil.rmtree(directory / "v2")
+    return {"seconds": seconds, "cpu": cpu, "threads": result.seconds}
+
+
+def raw_copy(root: str) -> dict[str, float]:
+    """Read a version's state and write as much, flushed; seconds."""
+    directory = Path(root)
+    block = bytearray(4 << 20)
+    view = memoryview(block)
+    began, cpu = time.perf_counter(), time.process_time()
+    for name in ("published", "feedback"):
+        source, target = directory / "v1" / f"{name}.safetensors", directory / f"raw-{name}"
+        with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
+            while count := old.readinto(block):
+                new.write(view[:count])
+            os.fsync(new.fileno())
+    took = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+    for name in ("published", "feedback"):
+        (directory / f"raw-{name}").unlink()
+    return took
+
+
+def flower(parameters: int, nodes: int) -> float:
+    """Flower's FedAvg over records in memory; seconds of the aggregation alone."""
+    import numpy as np
+    from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+    from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+
+    tensors = _manifest(parameters).tensors
+    generator = np.random.default_rng(0)
+    noise = generator.standard_normal(SHAPE, dtype=np.float32)
+    records = []
+    for node in range(nodes):
+        arrays = {t.name: Array(np.roll(noise, node, axis=0)) for t in tensors}
+        metrics = MetricRecord({"num-examples": 1000 + node})
+        records.append(RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics}))
+    began = time.perf_counter()
+    aggregate_arrayrecords(records, "num-examples")
+    return time.perf_counter() - began
