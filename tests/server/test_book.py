@@ -26,6 +26,7 @@ from talkoot.server.ledger.schema import (
     ContributionRecord,
     Event,
     LeaseRecord,
+    Node,
     NodeState,
     Round,
     Version,
@@ -305,6 +306,20 @@ def test_a_ban_takes_the_lease_and_leaves_what_is_committed(site: Site) -> None:
     assert give(site, b).code == "late"
     assert blocks(site) == blocks_of(a)
     assert site.book.open_tasks() == []
+
+
+@pytest.mark.parametrize(("largest", "times"), [(1.0, 1), (4.0, 4), (7.0, 7), (1000.0, 10)])
+def test_a_fast_node_gets_as_much_more_as_the_operator_lets_it(
+    site: Site, largest: float, times: int
+) -> None:
+    site.reopen(round={"largest_lease": largest})
+    nodes = [site.add_node(name) for name in ("anna", "bert", "carl")]
+    with site.coordinator.ledger.write() as session:
+        for node, speed in zip(nodes, (100.0, 100.0, 1000.0), strict=True):
+            session.get_one(Node, node).tokens_per_second = speed
+    opened(site)
+    usual, _, fast = (site.task(node).lease.tokens for node in nodes)
+    assert fast == times * usual
 
 
 @pytest.mark.parametrize("seconds", [0.0, 5e-324, 1e-9, 1e300])

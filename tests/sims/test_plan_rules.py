@@ -23,16 +23,28 @@ speeds = st.lists(
 )
 
 
-@given(speeds, st.integers(1, 10**9), st.floats(1, 1e6), st.sampled_from([256, 65_536, 131_072]))
+@given(
+    speeds,
+    st.integers(1, 10**9),
+    st.floats(1, 1e6),
+    st.sampled_from([256, 65_536, 131_072]),
+    st.sampled_from([1.0, 4.0, 30.0]),
+)
 def test_lease_sizes_are_those_of_the_ledgers_book(
-    given_speeds: list[float], nominal: int, deadline: float, block: int
+    given_speeds: list[float], nominal: int, deadline: float, block: int, largest: float
 ) -> None:
     known = [speed for speed in given_speeds if speed > 0]
     median = statistics.median(known) if known else 0.0
     members = [
         Member(
             f"{n:016x}",
-            tokens_wanted(speed, median, nominal, longest_seconds=LEASE_SHARE * deadline),
+            tokens_wanted(
+                speed,
+                median,
+                nominal,
+                max_ratio=largest,
+                longest_seconds=LEASE_SHARE * deadline,
+            ),
         )
         for n, speed in enumerate(given_speeds)
     ]
@@ -45,7 +57,7 @@ def test_lease_sizes_are_those_of_the_ledgers_book(
         committed=CommittedBlocks(10_000),
         members=members,
     )
-    found = lease_tokens(np.array(given_speeds), nominal, deadline, block)
+    found = lease_tokens(np.array(given_speeds), nominal, deadline, block, max_ratio=largest)
     assert found.tolist() == [lease.tokens for lease in leases]
 
 

@@ -236,6 +236,7 @@ class Book:
                             m.tokens_per_second,
                             median,
                             config.round.tokens_per_node,
+                            max_ratio=config.round.largest_lease,
                             longest_seconds=LEASE_SHARE * config.round.deadline_seconds,
                         ),
                     )

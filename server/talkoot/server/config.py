@@ -111,6 +111,9 @@ class RoundSection(_Section):
 
     tokens_per_node: Annotated[int, Field(ge=1, lt=2**40)] = 1_048_576
     """Tokens in the lease of a node of median speed; others get more or less."""
+    largest_lease: Annotated[float, Field(ge=1, le=1000)] = 4.0
+    """Times the median node's lease: what faster nodes get at most, however fast they are measured.
+    One that could do more waits for the others."""
     deadline_seconds: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600.0
     """From opening to closing, if not everybody has answered before."""
     quorum: Annotated[int, Field(ge=1, le=100_000)] = 1

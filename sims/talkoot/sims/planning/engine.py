@@ -18,6 +18,7 @@ import numpy as np
 
 from talkoot.protocol.limits import MAX_UPDATE_CHAIN
 from talkoot.server.conductor import MAX_REOPEN_SECONDS
+from talkoot.server.rounds import patience_seconds, poll_seconds
 from talkoot.sims.planning.account import Account
 from talkoot.sims.planning.fit import fits_of
 from talkoot.sims.planning.fleet import MBIT, Fleet
@@ -49,6 +50,7 @@ class Engine:
         self, scenario: Scenario, *, sizes: Sizes | None = None, keep_events: bool = False
     ) -> None:
         self.scenario, self.rules = scenario, scenario.rules
+        self.config = scenario.config()
         config = model_config(scenario)
         self.sizes = sizes_of(scenario, config) if sizes is None else sizes
         self.fits = fits_of(scenario, config, self.sizes.parameters)
@@ -134,7 +136,7 @@ class Engine:
                 number,
                 env.now + rule.deadline_seconds,
                 rule.quorum,
-                rule.lost_after_seconds,
+                self._patience(),
                 len(committed),
                 already_tokens,
                 rule.close_at_share,
@@ -146,6 +148,14 @@ class Engine:
         )
         self.account.opened(env.now, course)
         return course, outcome
+
+    def _patience(self) -> float:
+        """How long a node may be silent, in seconds, in a network of this size."""
+        network = self.config.network
+        poll = poll_seconds(
+            self.fleet.count, network.max_pulls_per_second, network.min_poll_seconds
+        )
+        return patience_seconds(self.rules.round.lost_after_seconds, poll)
 
     def _members(self, env: Any) -> I64:
         """Nodes that are there, hold a replica that fits, and keep up."""
@@ -213,6 +223,7 @@ class Engine:
             self.rules.round.tokens_per_node,
             self.rules.round.deadline_seconds,
             self.scenario.corpus.block_tokens,
+            max_ratio=self.rules.round.largest_lease,
         )
         behind = self.newest - self.version[members]
         size = behind * sizes.update_bytes + tokens * sizes.bytes_per_token
