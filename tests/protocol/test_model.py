@@ -31,6 +31,8 @@ PUBLISHED_PARAMETERS = {
     "llama-2-7b": 6_738_415_616,
     "mistral-7b": 7_241_732_096,
     "qwen2.5-7b": 7_615_616_512,
+    "olmo-2-7b": 7_298_617_344,
+    "olmoe-1b-7b": 6_919_161_856,
 }
 
 
@@ -113,6 +115,9 @@ def test_a_config_that_could_load_code_from_elsewhere_is_refused_at_any_depth(ke
         ({"model_type": None}, "model_type"),
         ({"num_hidden_layers": 10**6}, "over"),
         ({"hidden_size": 10**12}, "out of range"),
+        ({"hidden_size": 10**400}, "out of range"),
+        ({"rms_norm_eps": float("inf")}, "out of range"),
+        ({"rms_norm_eps": float("nan")}, "out of range"),
         ({"hidden_act": "x" * 300}, "256"),
         ({"a": [[[[[[[[1]]]]]]]]}, "deeper"),
     ],

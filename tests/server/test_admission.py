@@ -9,12 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from talkoot.protocol.memory import MemoryPlan
-from talkoot.protocol.messages import Capability, Proof
+from talkoot.protocol.messages import Capability, DeviceUser, Proof
 from talkoot.server.admission import AdmissionPolicy, judge_capability, judge_proof
+from talkoot.server.measured import kind_of, ratios
 
 GIB = 2**30
 POLICY = AdmissionPolicy(memory_margin=1.25, loss_tolerance=0.02, manual_approval=False)
-NEEDS = MemoryPlan(device_bytes=8 * GIB, host_bytes=2 * GIB, disk_bytes=20 * GIB, breakdown={})
+
+
+def plan(recipe: str = "fp32-adamw", device: int = 8, host: int = 2, disk: int = 20) -> MemoryPlan:
+    """Sizes in GiB."""
+    return MemoryPlan(
+        recipe=recipe,
+        device_bytes=device * GIB,
+        allocated_bytes=device * GIB,
+        smallest_cap_bytes=device * GIB,
+        host_bytes=host * GIB,
+        pinned_padding_bytes=0,
+        disk_bytes=disk * GIB,
+        breakdown={"device_weights": device * GIB // 2},
+        phases={},
+        source="simulation",
+    )
+
+
+NEEDS = [plan()]
 NONCE = "0123456789abcdef" * 2
 
 
@@ -58,14 +77,81 @@ def proof(
 
 
 def test_a_device_with_room_for_replica_and_margin_is_enough() -> None:
-    assert judge_capability(POLICY, capability(free=10 * GIB), NEEDS).accepted
+    assert judge_capability(POLICY, capability(free=11 * GIB), NEEDS).accepted
 
 
 def test_one_byte_below_the_margin_is_too_little_and_the_sentence_has_the_numbers() -> None:
-    verdict = judge_capability(POLICY, capability(free=10 * GIB - 1), NEEDS)
+    verdict = judge_capability(POLICY, capability(free=11 * GIB - 1), NEEDS)
     assert (verdict.accepted, verdict.code) == (False, "too-little-memory")
-    for part in ("needs 10 GiB", "8 GiB", "1.25", "Card 9000", "24 GiB", "--max-memory"):
+    for part in ("11 GiB", "1.25", "Card 9000", "24 GiB", "close programs"):
         assert part in verdict.sentence
+
+
+def test_the_fastest_recipe_that_fits_is_the_one_that_is_named() -> None:
+    needs = [plan("bf16-backward-adafactor", 5), plan("bf16-adamw", 12), plan("amp-adamw", 30)]
+    verdict = judge_capability(POLICY, capability(), needs)
+    assert verdict.accepted
+    assert "bf16-adamw needs 16 GiB" in verdict.sentence
+
+
+def test_a_refused_volunteer_sees_all_recipes_and_the_three_cheapest_ways_to_fit() -> None:
+    needs = [plan("bf16-adamw", 12), plan("bf16-backward-adafactor", 6), plan("amp-adamw", 30)]
+    has = capability(free=6 * GIB, total=8 * GIB).model_copy(
+        update={
+            "device_physical_bytes": 24 * GIB,
+            "users": (DeviceUser(name="firefox", used_bytes=3 * GIB),),
+        }
+    )
+    sentence = judge_capability(POLICY, has, needs).sentence
+    first, second, third = (sentence.index(f"({number})") for number in (1, 2, 3))
+    assert "raise --max-vram to 9GiB (bf16-backward-adafactor)" in sentence[first:second]
+    assert "48 GiB (amp-adamw)" in sentence[second:third]
+    assert "raise --max-vram to 16GiB (bf16-adamw)" in sentence[third:]
+    head, *rows = sentence.splitlines()[1:]
+    assert head.split() == ["recipe", "device", "host", "disk", "lacks"]
+    assert [row.split()[0] for row in rows] == ["amp-adamw", "bf16-adamw", needs[1].recipe]
+
+
+def test_closing_the_program_that_uses_most_is_named_when_it_is_enough() -> None:
+    has = capability(free=9 * GIB, total=24 * GIB).model_copy(
+        update={"users": (DeviceUser(name="firefox", used_bytes=3 * GIB),)}
+    )
+    assert "(1) close firefox: 2 GiB (fp32-adamw)" in judge_capability(POLICY, has, NEEDS).sentence
+
+
+def test_only_the_recipe_that_the_volunteer_insists_on_counts() -> None:
+    needs = [plan("bf16-adamw", 40), plan("bf16-backward-adafactor", 6)]
+    has = capability().model_copy(update={"recipe": "bf16-adamw"})
+    assert judge_capability(POLICY, has, needs).code == "too-little-memory"
+    unknown = capability().model_copy(update={"recipe": "none-such"})
+    assert judge_capability(POLICY, unknown, needs).code == "unknown-recipe"
+
+
+def test_what_others_of_its_kind_measured_corrects_what_is_predicted() -> None:
+    has = capability(free=11 * GIB)
+    assert not judge_capability(POLICY, has, NEEDS, ratio=lambda recipe: 1.1).accepted
+    assert judge_capability(POLICY, has, NEEDS, ratio=lambda recipe: 0.9).accepted
+
+
+def test_measurements_of_another_kind_and_absurd_ones_change_little() -> None:
+    one, liar = proof(peak=9 * GIB), proof(peak=80 * GIB)
+    kind = kind_of(one.capability)
+    assert ratios([("a", one)], kind)("fp32-adamw") == 9 / 8
+    assert ratios([("a", liar)], kind)("fp32-adamw") == 1.3
+    assert ratios([("a", one), ("a", liar)], kind)("fp32-adamw") == 9 / 8  # its newest counts
+    assert ratios([("a", one)], kind)("bf16-adamw") == 1.0
+    assert ratios([("a", one)], ("cuda", "another", "", "2"))("fp32-adamw") == 1.0
+
+
+def test_a_peak_below_half_of_the_weights_is_not_believed() -> None:
+    verdict = judge_proof(POLICY, proof(peak=GIB), NEEDS, nonce=NONCE, expected_loss=5.0)
+    assert verdict.code == "implausible-peak"
+
+
+def test_a_proof_of_a_recipe_that_this_run_does_not_have_is_refused() -> None:
+    other = proof().model_copy(update={"recipe": "lora-bf16"})
+    verdict = judge_proof(POLICY, other, NEEDS, nonce=NONCE, expected_loss=5.0)
+    assert verdict.code == "unknown-recipe"
 
 
 def test_a_processor_must_hold_the_device_share_and_the_host_share_together() -> None:
@@ -74,7 +160,7 @@ def test_a_processor_must_hold_the_device_share_and_the_host_share_together() ->
 
 
 def test_a_device_of_its_own_does_not_replace_host_memory() -> None:
-    verdict = judge_capability(POLICY, capability(host_free=2 * GIB - 1), NEEDS)
+    verdict = judge_capability(POLICY, capability(host_free=2 * GIB), NEEDS)
     assert verdict.code == "too-little-host-memory"
     assert "2 GiB of host memory" in verdict.sentence
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from talkoot.client.enrol import Enrolment
 from talkoot.client.hardware import measure_in_child
 from talkoot.client.home import Home
-from talkoot.protocol.errors import ConfigError
-from talkoot.protocol.memory import format_size, predict
-from talkoot.protocol.model import parse_config, preset
+from talkoot.protocol.memory import format_size
+from talkoot.protocol.model import named_config
+from talkoot.protocol.planner import plans
+from talkoot.protocol.planner.choose import Fit, fastest, hold, table, ways_to_fit
+from talkoot.protocol.recipes import RECIPES
+
+MARGIN: Final = 1.05
+"""What operators ask for if they change nothing (``admission.memory_margin``)."""
 
 
 def examine(
@@ -27,37 +32,27 @@ def examine(
     findings: dict[str, Any] = {
         "capability": capability.model_dump(mode="json"),
         "model": model,
-        "needs": None,
+        "recipe": None,
+        "recipes": None,
         "fits": None,
         "coordinator": _coordinator(home),
     }
     if model is None:
         return findings
-    plan = predict(_config(model), sequence_length, micro_batch)
-    on_device = plan.device_bytes + (plan.host_bytes if capability.device == "cpu" else 0)
-    findings["needs"] = {
-        "device_bytes": on_device,
-        "host_bytes": plan.host_bytes,
-        "disk_bytes": plan.disk_bytes,
-        "breakdown": dict(plan.breakdown),
-        "recipe": "fp32-adamw",
-    }
-    findings["fits"] = (
-        on_device <= capability.device_free_bytes
-        and plan.disk_bytes <= capability.disk_free_bytes
-        and (capability.device == "cpu" or plan.host_bytes <= capability.host_free_bytes)
-    )
+    config = named_config(model)
+    plans_of_all = [
+        plans.quick(config, recipe, sequence_length=sequence_length, micro_batch=micro_batch)
+        for recipe in RECIPES.values()
+        if capability.recipe in (None, recipe.name)
+    ]
+    fits = hold(plans_of_all, capability, margin=MARGIN)
+    best = fastest(fits)
+    findings["recipes"] = [_row(fit) for fit in fits]
+    findings["recipe"] = None if best is None else best.recipe
+    findings["ways_to_fit"] = [] if best is not None else ways_to_fit(fits, capability)
+    findings["table"] = table(fits, capability.device)
+    findings["fits"] = best is not None
     return findings
-
-
-def _config(model: str) -> dict[str, Any]:
-    path = Path(model)
-    if not path.suffix and not path.exists():
-        return preset(model)
-    try:
-        return parse_config(path.read_bytes())
-    except OSError as err:
-        raise ConfigError(f"{path} cannot be read as a model config ({err.strerror}).") from err
 
 
 def _coordinator(home: Home) -> dict[str, Any] | None:
@@ -99,12 +94,28 @@ def print_findings(findings: dict[str, Any]) -> None:
             port = link[name]
             told = port.get("error") or f"answers in {1000 * port['connect_seconds']:.0f} ms"
             print(f"{name:8} {link['host']}:{port['port']} {told}")
-    needs = findings["needs"]
-    if needs is None:
+    if findings["recipes"] is None:
         return
-    print(f"replica of {findings['model']} under {needs['recipe']}:")
-    print(
-        f"  needs  {format_size(needs['device_bytes'])} on the device, "
-        f"{format_size(needs['disk_bytes'])} of disk"
-    )
-    print("  fits" if findings["fits"] else "  does not fit")
+    print(f"replica of {findings['model']} (with a margin of {MARGIN:g}):")
+    for line in findings["table"]:
+        print(f"  {line}")
+    if findings["recipe"] is not None:
+        print(f"The fastest that fits: {findings['recipe']}.")
+        return
+    print("No recipe fits. The cheapest ways to make one fit:")
+    for number, way in enumerate(findings["ways_to_fit"], 1):
+        print(f"  {number}. {way}")
+
+
+def _row(fit: Fit) -> dict[str, Any]:
+    return {
+        "recipe": fit.recipe,
+        "device_bytes": fit.need.device,
+        "host_bytes": fit.need.host,
+        "disk_bytes": fit.need.disk,
+        "lacks_device_bytes": fit.lacks_device,
+        "lacks_host_bytes": fit.lacks_host,
+        "lacks_disk_bytes": fit.lacks_disk,
+        "fits": fit.fits,
+        "source": fit.plan.source,
+    }

@@ -58,6 +58,7 @@ from talkoot.protocol.messages import (
     canonical_bytes,
     parse,
 )
+from talkoot.protocol.refusals import printable
 
 TIMEOUT: Final = httpx.Timeout(30.0, connect=10.0)  # seconds
 TOTAL_SECONDS: Final = 60.0
@@ -296,7 +297,7 @@ def _refusal(invite: Invite, status: int, body: bytes) -> Exception:
             )
         return _not_talkoot(invite)
     # A stranger's words, on somebody's terminal: no escape sequences.
-    sentence = "".join(char if char.isprintable() else " " for char in refusal.sentence)
+    sentence = printable(refusal.sentence)
     if status == 426:
         return VersionError(sentence, code=refusal.code)
     if status == 429 or status >= 500:

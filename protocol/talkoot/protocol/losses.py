@@ -109,7 +109,8 @@ def use_chunked_loss(model: torch.nn.Module) -> None:
     """
     head: torch.nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
 
-    def loss(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    def loss(logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
+        # Mixtures of experts pass the vocabulary size by position.
         return chunked_loss(logits, head.weight, head.bias, labels)
 
     head.forward = lambda hidden: hidden  # type: ignore[method-assign, assignment]

@@ -8,7 +8,6 @@ and transformers are imported inside the functions that need them.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,12 +28,13 @@ MAX_CONFIG_DEPTH: Final = 6
 FAMILIES: Final = frozenset(
     {
         *("gemma", "glm4", "gpt2", "gpt_neox", "granite", "llama", "ministral"),
-        *("mistral", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3"),
+        *("mistral", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen3", "smollm3"),
         *("stablelm", "starcoder2"),
     }
 )
-"""Dense decoder families that build offline, hold all their state in parameters and train under
-"sdpa" attention. Another one is added here once ``tests/protocol/test_model.py`` passes with it."""
+"""Decoder families (dense but for olmoe, a mixture of experts) that build offline, hold all their
+state in parameters and train under "sdpa" attention. Another one is added here once
+``tests/protocol/test_model.py`` passes with it."""
 
 FORBIDDEN_KEYS: Final = frozenset(
     {
@@ -147,6 +147,40 @@ PRESETS: Final[Mapping[str, dict[str, Any]]] = {
         bos_token_id=151_643,
         eos_token_id=151_643,
     ),
+    "olmo-2-7b": _llama_like(
+        "olmo2",
+        hidden=4096,
+        mlp=11_008,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        vocab=100_352,
+        positions=4096,
+        tied=False,
+        rope_theta=500_000.0,
+        epsilon=1e-6,
+        bos_token_id=100_257,
+        eos_token_id=100_257,
+        pad_token_id=100_277,
+    ),
+    "olmoe-1b-7b": _llama_like(
+        "olmoe",
+        hidden=2048,
+        mlp=1024,
+        layers=16,
+        heads=16,
+        kv_heads=16,
+        vocab=50_304,
+        positions=4096,
+        tied=False,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        router_aux_loss_coef=0.01,
+        output_router_logits=True,
+        eos_token_id=50_279,
+        pad_token_id=1,
+    ),
 }
 """Parameters: nano 111 thousand, tiny 1.0 million, small 4.1 million (the demo's); the rest as
 published."""
@@ -184,7 +218,8 @@ def _check_value(key: str, value: object, depth: int) -> None:
         if len(value) > 256:
             raise _bad(f"the value of {key!r} is a string of more than 256 characters")
     elif isinstance(value, int | float):
-        if not math.isfinite(value) or abs(value) >= MAX_CONFIG_NUMBER:
+        # Comparing is exact for integers of any size, and false for NaN.
+        if not abs(value) < MAX_CONFIG_NUMBER:
             raise _bad(f"the value of {key!r} is out of range")
         if key in _LAYER_KEYS and value > MAX_LAYERS:
             raise _bad(f"{key!r} is over {MAX_LAYERS}")
@@ -312,6 +347,44 @@ def count_parameters(config: dict[str, Any]) -> int:
     )
 
 
+_SKIPPED_KEYS: Final = frozenset({"architectures", "transformers_version", "dtype", "torch_dtype"})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The ``config.json`` of a transformers model, without what a config of ours does not hold.
+
+    Raises:
+        ConfigError: it cannot be read.
+        ProtocolError: it is refused.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise ConfigError(f"{path} is too big to be a model config: check the directory.")
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as err:
+        raise ConfigError(
+            f"{path.parent} is not a transformers model directory ({path.name}: {err}): "
+            "give the directory that holds config.json and model.safetensors.",
+            code="no-model",
+        ) from err
+    items = raw.items() if isinstance(raw, dict) else ()
+    kept = {key: value for key, value in items if key not in _SKIPPED_KEYS and key[:1] != "_"}
+    return check_config(kept)
+
+
+def named_config(model: str) -> dict[str, Any]:
+    """The config that a person means: a preset's name, a model directory, or a config file.
+
+    Raises:
+        ConfigError: there is no such thing.
+        ProtocolError: the config is refused.
+    """
+    path = Path(model)
+    if model in PRESETS or not (path.exists() or path.suffix or len(path.parts) > 1):
+        return preset(model)
+    return read_config(path / "config.json" if path.is_dir() else path)
+
+
 def load_pretrained(directory: Path) -> tuple[dict[str, Any], torch.nn.Module]:
     """Load a local transformers model directory: ``(config, model)``, fp32, on the CPU.
 
@@ -323,24 +396,7 @@ def load_pretrained(directory: Path) -> tuple[dict[str, Any], torch.nn.Module]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    path = directory / "config.json"
-    try:
-        if path.stat().st_size > MAX_CONFIG:
-            raise ConfigError(f"{path} is too big to be a model config: check the directory.")
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError) as err:
-        raise ConfigError(
-            f"{directory} is not a transformers model directory ({path.name}: {err}): "
-            "give the directory that holds config.json and model.safetensors.",
-            code="no-model",
-        ) from err
-    skipped = {"architectures", "transformers_version", "dtype", "torch_dtype"}
-    config = {
-        key: value
-        for key, value in (raw.items() if isinstance(raw, dict) else ())
-        if key not in skipped and not key.startswith("_")
-    }
-    check_config(config)
+    config = read_config(directory / "config.json")
     try:
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
             directory,

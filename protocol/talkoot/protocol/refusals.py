@@ -110,5 +110,5 @@ def from_status(status: grpc.StatusCode, detail: str, *, peer: str) -> TalkootEr
 
 
 def printable(text: str) -> str:
-    """A peer's text without control characters: it will be shown in somebody's terminal."""
-    return "".join(char if char.isprintable() else " " for char in text)
+    """A peer's text without control characters but line ends: it will be shown in a terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)

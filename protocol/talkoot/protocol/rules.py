@@ -222,17 +222,17 @@ class Adafactor(Rule):
         slopes = _matrix(gradient)
         if parameter.dim() < 2:
             variance = _matrix(states[VARIANCE])
-            for part in _parts(matrix):
+            for part in parts(matrix):
                 variance[part].lerp_((slopes[part].float() * step.scale).square_(), fresh)
         else:
             self._factors(slopes, states, step.scale, fresh)
         squares = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        for part in _parts(matrix):
+        for part in parts(matrix):
             squares += self._direction(slopes, states, part, step.scale).square_().sum()
         size = (squares / matrix.numel()).sqrt()
         factor = step.learning_rate / (size / self.CLIP).clamp(min=1.0)
         dice = _dice(parameter.device, step.seed)
-        for part in _parts(matrix):
+        for part in parts(matrix):
             weights = matrix[part].float()
             if step.weight_decay:
                 weights = weights * (1 - step.learning_rate * step.weight_decay)
@@ -243,7 +243,7 @@ class Adafactor(Rule):
         """Take the gradient into the row and column means."""
         rows, columns = _matrix(states[ROW]), _matrix(states[COLUMN])
         sums = torch.zeros_like(columns)
-        for part in _parts(slopes):
+        for part in parts(slopes):
             squares = (slopes[part].float() * scale).square_()
             rows[part].lerp_(squares.mean(-1, keepdim=True), fresh)
             sums[part[0]] += squares.sum(-2, keepdim=True)
@@ -269,7 +269,7 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-2:])
 
 
-def _parts(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
+def parts(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
     """Index of some rows of one matrix, of about a slab at a time."""
     rows = max(1, SLAB // matrix.shape[2])
     for number in range(matrix.shape[0]):

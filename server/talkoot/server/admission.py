@@ -7,10 +7,25 @@ the coordinator can check.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
+from talkoot.protocol.limits import MAX_SENTENCE_CHARS
 from talkoot.protocol.memory import MemoryPlan, format_size
 from talkoot.protocol.messages import Capability, Proof, Verdict
+from talkoot.protocol.planner.choose import (
+    Fit,
+    Ratio,
+    as_predicted,
+    fastest,
+    hold,
+    table,
+    ways_to_fit,
+)
+
+CHECKED_BYTES: Final = 2**30
+"""Weights from here on must show in a proof's peak: a CPU process may reuse less than that."""
 
 
 @dataclass(frozen=True)
@@ -24,48 +39,66 @@ class AdmissionPolicy:
     manual_approval: bool
 
 
-def judge_capability(policy: AdmissionPolicy, has: Capability, needs: MemoryPlan) -> Verdict:
-    """Whether a node can hold a replica, by its measured memory and disk."""
-    # On a CPU node the device's memory *is* the host's: it must hold both shares.
-    peak = needs.device_bytes + (needs.host_bytes if has.device == "cpu" else 0)
-    wanted = int(peak * policy.memory_margin)
-    if has.device_free_bytes < wanted:
+def judge_capability(
+    policy: AdmissionPolicy,
+    has: Capability,
+    needs: Sequence[MemoryPlan],
+    *,
+    ratio: Ratio = as_predicted,
+) -> Verdict:
+    """Whether a node can hold a replica under any recipe, by its measured memory and disk.
+
+    Args:
+        needs: the plan of every recipe of the run's kind. If the volunteer insists on one, only
+            that one counts.
+        ratio: measured over predicted, on machines of this kind.
+    """
+    wanted = [plan for plan in needs if has.recipe in (None, plan.recipe)]
+    if not wanted:
+        return _unknown(str(has.recipe), needs)
+    fits = hold(wanted, has, margin=policy.memory_margin, ratio=ratio)
+    best = fastest(fits)
+    if best is not None:
         return Verdict(
-            accepted=False,
-            code="too-little-memory",
+            accepted=True,
+            code="fits",
             sentence=(
-                f"A replica of this model needs {format_size(wanted)} on the device "
-                f"({format_size(peak)} and a margin of {policy.memory_margin:.2f}); "
-                f"{has.device_name} has {format_size(has.device_free_bytes)} free of "
-                f"{format_size(has.device_total_bytes)}: close what uses it, raise --max-memory, "
-                "or join with a larger device."
+                f"{has.device_name} has {format_size(has.device_free_bytes)} free and a replica "
+                f"under {best.recipe} needs {format_size(best.need.device)}."
             ),
         )
-    if has.device != "cpu" and has.host_free_bytes < needs.host_bytes:
-        return Verdict(
-            accepted=False,
-            code="too-little-host-memory",
-            sentence=(
-                f"A replica of this model needs {format_size(needs.host_bytes)} of host memory; "
-                f"{format_size(has.host_free_bytes)} is free: close other programs or add memory."
-            ),
-        )
-    if has.disk_free_bytes < needs.disk_bytes:
-        return Verdict(
-            accepted=False,
-            code="too-little-disk",
-            sentence=(
-                f"A replica of this model needs {format_size(needs.disk_bytes)} of disk; "
-                f"{format_size(has.disk_free_bytes)} is free: free some, or choose another --home."
-            ),
-        )
+    return _refused(policy, fits, has)
+
+
+def _refused(policy: AdmissionPolicy, fits: list[Fit], has: Capability) -> Verdict:
+    """The refusal that shows why and what to do: three ways, then all recipes as a table."""
+    least = min(fits, key=lambda fit: fit.lacks_device + fit.lacks_host + fit.lacks_disk)
+    if least.lacks_device:
+        code = "too-little-memory"
+    elif least.lacks_host:
+        code = "too-little-host-memory"
+    else:
+        code = "too-little-disk"
+    ways = "; ".join(f"({number}) {way}" for number, way in enumerate(ways_to_fit(fits, has), 1))
+    host = "" if has.device == "cpu" else f", {format_size(has.host_free_bytes)} of host memory"
+    sentence = (
+        f"No recipe for a replica of this model fits: {has.device_name} has "
+        f"{format_size(has.device_free_bytes)} free of {format_size(has.device_total_bytes)}"
+        f"{host} and {format_size(has.disk_free_bytes)} of disk. Cheapest ways to fit: {ways}. "
+        f"What each recipe needs, with a margin of {policy.memory_margin:.2f}:"
+    )
+    lines = table(fits, has.device)
     return Verdict(
-        accepted=True,
-        code="fits",
-        sentence=(
-            f"{has.device_name} has {format_size(has.device_free_bytes)} free and a replica needs "
-            f"{format_size(wanted)}."
-        ),
+        accepted=False, code=code, sentence="\n".join([sentence, *lines])[:MAX_SENTENCE_CHARS]
+    )
+
+
+def _unknown(recipe: str, needs: Sequence[MemoryPlan]) -> Verdict:
+    known = ", ".join(plan.recipe for plan in needs)
+    return Verdict(
+        accepted=False,
+        code="unknown-recipe",
+        sentence=f"This run has no recipe {recipe!r}: choose one of {known} with --recipe.",
     )
 
 
@@ -81,23 +114,27 @@ def stale_proof() -> Verdict:
 def judge_proof(
     policy: AdmissionPolicy,
     proof: Proof,
-    needs: MemoryPlan,
+    needs: Sequence[MemoryPlan],
     *,
+    ratio: Ratio = as_predicted,
     nonce: str | None,
     expected_loss: float | None,
 ) -> Verdict:
     """Whether a proof admits its node.
 
     Args:
+        needs: the plan of every recipe of the run's kind; the proof's own is what counts.
+        ratio: measured over predicted, on machines of this kind.
         nonce: the node's open challenge, or None when there is none.
         expected_loss: the loss that the coordinator computed for the same nonce, or None when the
             model is too large for it to recompute.
     """
     if nonce is None or proof.nonce != nonce:
         return stale_proof()
-    room = judge_capability(policy, proof.capability, needs)
-    if not room.accepted:
-        return room
+    own = [plan for plan in needs if plan.recipe == proof.recipe]
+    room = judge_capability(policy, proof.capability, own or needs, ratio=ratio)
+    if not own or not room.accepted:
+        return room if own else _unknown(proof.recipe, needs)
     if proof.peak_bytes > proof.capability.device_total_bytes:
         return Verdict(
             accepted=False,
@@ -105,6 +142,16 @@ def judge_proof(
             sentence=(
                 f"The steps took {format_size(proof.peak_bytes)}, more than the "
                 f"{format_size(proof.capability.device_total_bytes)} that this node may use."
+            ),
+        )
+    held = own[0].breakdown.get("device_weights", 0)
+    if held >= CHECKED_BYTES and proof.peak_bytes < held // 2:
+        return Verdict(
+            accepted=False,
+            code="implausible-peak",
+            sentence=(
+                f"The proof says {format_size(proof.peak_bytes)} at peak, but the weights alone "
+                f"take {format_size(held)}: the steps were not made as {proof.recipe} makes them."
             ),
         )
     if expected_loss is not None:

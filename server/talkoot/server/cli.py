@@ -98,6 +98,39 @@ def sample_config(
 
 
 @app.command()
+def recipes(
+    model: Annotated[str, typer.Option(help="A model preset, a model directory or a config.json.")],
+    seq: Annotated[int, typer.Option("--seq", min=2, max=2**20, help="Tokens in a sequence.")] = (
+        2048
+    ),
+    micro_batch: Annotated[int, typer.Option(min=1, max=4096, help="Sequences in a step.")] = 1,
+    vram: Annotated[
+        str, typer.Option(help="Cards to hold it against, in GiB.")
+    ] = "8,12,16,24,32,48,80",
+    margin: Annotated[
+        float, typer.Option(min=1.0, max=4.0, help="As admission.memory_margin.")
+    ] = 1.05,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Estimate what has not been simulated yet.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """What a replica of a model needs under each recipe, and on which cards it fits."""
+    from talkoot.server.recipes import card_sizes, examine, lines
+
+    findings = examine(
+        model,
+        sequence_length=seq,
+        micro_batch=micro_batch,
+        cards=card_sizes(vram),
+        margin=margin,
+        quick=quick,
+        say=lambda sentence: typer.echo(sentence, err=True),
+    )
+    typer.echo(json.dumps(findings, indent=2) if as_json else "\n".join(lines(findings)))
+
+
+@app.command()
 def serve(state: State = DEFAULT_STATE) -> None:
     """Run the coordinator until Ctrl-C (twice: at once)."""
     from talkoot.server.serve import serve_forever

@@ -179,7 +179,7 @@ class AdmissionSection(_Section):
     """Of a node; it renews itself in the last third."""
     approve: Literal["auto", "manual"] = "auto"
     """``manual``: a node with a good proof waits for ``nodes approve``."""
-    memory_margin: Annotated[float, Field(ge=1, le=4)] = 1.1
+    memory_margin: Annotated[float, Field(ge=1, le=4)] = 1.05
     """Predicted memory times this must fit into what the node has."""
     check_proof_up_to_parameters: Annotated[int, Field(ge=0)] = 50_000_000
     """Up to this size the coordinator recomputes the proof's loss itself."""

@@ -31,6 +31,7 @@ from talkoot.protocol.invite import Invite
 from talkoot.protocol.limits import PROTOCOL_VERSION
 from talkoot.protocol.memory import MemoryPlan
 from talkoot.protocol.messages import (
+    Capability,
     EnrolReply,
     EnrolRequest,
     NodeReport,
@@ -44,6 +45,8 @@ from talkoot.protocol.messages import (
     canonical_bytes,
     parse,
 )
+from talkoot.protocol.planner import plans
+from talkoot.protocol.planner.choose import Ratio
 from talkoot.protocol.recipes import recipes_of
 from talkoot.server import applicants, rounds
 from talkoot.server.admission import AdmissionPolicy, judge_capability, judge_proof, stale_proof
@@ -63,6 +66,7 @@ from talkoot.server.ledger.schema import (
 from talkoot.server.ledger.schema import (
     Invite as InviteRecord,
 )
+from talkoot.server.measured import MAX_PROOFS_READ, kind_of, parse_proof, ratios
 from talkoot.server.statements import Statements
 
 if TYPE_CHECKING:
@@ -150,7 +154,12 @@ class Registry:
         pem = public_pem(public_key)
         with self.coordinator.ledger.read() as session:
             self._way_in(session, request.token, node_id)
-        fits = judge_capability(self.policy, request.capability, self.needs())
+        fits = judge_capability(
+            self.policy,
+            request.capability,
+            self.needs(),
+            ratio=self.ratio(request.capability),
+        )
         if not fits.accepted:
             raise RefusedError(fits.sentence, code=fits.code)
         if request.token is None:
@@ -301,15 +310,27 @@ class Registry:
             manual_approval=admission.approve == "manual",
         )
 
-    def needs(self) -> MemoryPlan:
-        """What a replica of this run's model takes."""
-        from talkoot.protocol.memory import predict, with_base
+    def needs(self) -> list[MemoryPlan]:
+        """What a replica of this run's model takes, under each recipe."""
         from talkoot.protocol.model import parse_config
 
         spec = self.coordinator.spec
         config = parse_config(self.coordinator.store.path(spec.model.digest).read_bytes())
-        plan = predict(config, spec.sequence_length, spec.micro_batch, parameters=spec.parameters)
-        return with_base(plan, spec)
+        return plans.all_of_run(spec, config)
+
+    def ratio(self, has: Capability) -> Ratio:
+        """Measured over predicted memory on machines of this kind, from the proofs in the ledger.
+
+        What a node's own proof said is not in it twice: each node counts with its newest.
+        """
+        with self.coordinator.ledger.read() as session:
+            rows = session.execute(
+                select(ProofRecord.node_id, ProofRecord.signed)
+                .where(ProofRecord.accepted)
+                .order_by(ProofRecord.proof_id.desc())
+                .limit(MAX_PROOFS_READ)
+            ).all()
+        return ratios(((node, parse_proof(signed)) for node, signed in rows), kind_of(has))
 
     def challenge(self, node_id: str) -> ProofChallenge:
         """A fresh nonce for a node to prove itself on."""
@@ -331,6 +352,7 @@ class Registry:
             self.policy,
             proof,
             self.needs(),
+            ratio=self.ratio(proof.capability),
             nonce=nonce,
             expected_loss=self._expected_loss(proof) if proof.nonce == nonce else None,
         )

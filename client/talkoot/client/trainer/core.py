@@ -19,7 +19,7 @@ from talkoot.client.trainer.lease import LeaseJob, Progress, ShouldStop, run_lea
 from talkoot.client.trainer.mend import drop_damaged
 from talkoot.client.trainer.peak import PeakMeter
 from talkoot.client.trainer.workdir import LeaseResult, Published, State, WorkDir
-from talkoot.protocol import faults, limits, memory
+from talkoot.protocol import faults, limits
 from talkoot.protocol.adapters import GetBase, adapted_outline, open_base
 from talkoot.protocol.artifacts import sha256_file
 from talkoot.protocol.corpus import CorpusManifest, parse_manifest
@@ -36,6 +36,7 @@ from talkoot.protocol.manifest import Manifest, manifest_of
 from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.model import build_model, named_trainable, parse_config
 from talkoot.protocol.payload import PayloadReader
+from talkoot.protocol.planner import plans
 from talkoot.protocol.proof import proof_steps
 from talkoot.protocol.recipes import REFERENCE, Recipe, get, reference
 from talkoot.protocol.replica import Replica, new_replica
@@ -217,19 +218,14 @@ class Trainer:
                     raise UnavailableError("The proof was stopped; start it again.", code="stopped")
         timed = max(steps - 1, 1)
         tokens = timed * spec.micro_batch * spec.sequence_length
-        plan = memory.predict(
-            run.config,
-            spec.sequence_length,
-            spec.micro_batch,
-            parameters=run.manifest.parameters,
-        )
-        plan = memory.with_base(plan, spec)
+        plan = plans.of_run(spec, run.config, self._recipe)
+        on_cpu = self._device.type == "cpu"
         return {
             "loss": math.fsum(losses) / steps,
             "losses": losses,
             "steps": steps,
             "peak_bytes": meter.peak_bytes,
-            "predicted_bytes": plan.device_bytes,
+            "predicted_bytes": plan.allocated_bytes if on_cpu else plan.device_bytes,
             "tokens_per_second": tokens / max(times[-1] - times[-1 - timed], 1e-9),
             "recipe": self._recipe.name,
         }

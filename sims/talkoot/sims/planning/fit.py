@@ -1,32 +1,24 @@
 """Which class of nodes can hold a replica, and by which recipe: the real admission decides.
 
-``memory.py`` predicts the reference recipe; what other recipes need follows here from what they say
-they are made of. It is a first answer, as ``memory.py`` is: a node proves that it fits.
+What each recipe needs comes from the planner: simulated where that is known, else in closed form. A
+node proves that it fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from talkoot.protocol import recipes
-from talkoot.protocol.limits import GIB, MIB
-from talkoot.protocol.memory import MemoryPlan, predict
+from talkoot.protocol.limits import GIB
+from talkoot.protocol.memory import MemoryPlan
 from talkoot.protocol.messages import Capability, Verdict
-from talkoot.protocol.recipes import REFERENCE, Recipe
+from talkoot.protocol.planner import plans
+from talkoot.protocol.planner.choose import CARD_RESERVE
+from talkoot.protocol.recipes import Recipe
 from talkoot.server.admission import AdmissionPolicy, judge_capability
 from talkoot.sims.scenario import NodeClass, Scenario
-
-CONTEXT_BYTES: Final = 800 * MIB
-"""Of an accelerator that its driver and libraries take before the first tensor."""
-_BYTES: Final = {"float32": 4, "bfloat16": 2}
-_STATES: Final = {"float32": 8.0, "bfloat16": 4.0, "8-bit": 2.1, "4-bit": 1.1, "factored": 0.02}
-"""Of both moments, bytes a parameter, with the scales of quantised ones."""
-_CHUNK_TOKENS: Final = 1024
-"""Of a chunked loss, at a time."""
-_WORKSPACE: Final = 256 * MIB
-"""Slabs of the optimizer and of matrix products."""
 
 
 @dataclass(frozen=True)
@@ -43,56 +35,13 @@ class Fit:
     """With ``recipe``; 0 if none fits."""
 
 
-def needs_of(
-    recipe: Recipe, config: Mapping[str, Any], sequence_length: int, micro_batch: int
-) -> MemoryPlan:
-    """What a replica under ``recipe`` needs."""
-    plain = predict(config, sequence_length, micro_batch)
-    if recipe.name == REFERENCE:
-        return plain
-    parts = plain.breakdown
-    count = parts["weights"] // 4
-    width = _BYTES[recipe.compute]
-    weights = _BYTES[recipe.weights] * count
-    if recipe.compute != recipe.weights:
-        weights += width * count  # autocast keeps the low-precision copies until the backward pass
-    largest = parts["host_encoding"] // 16  # elements of the largest tensor
-    gradient = 4 if recipe.states_on == "host" else _BYTES[recipe.weights]
-    gradients = gradient * (count if recipe.gradients == "kept" else 2 * largest)
-    states = round(_STATES[recipe.states] * count)
-    activations = parts["activations"] * width // 4
-    if recipe.checkpointing:
-        layers = int(config.get("num_hidden_layers", config.get("n_layer", 1)))
-        hidden = int(config.get("hidden_size", config.get("n_embd", 1)))
-        kept = width * sequence_length * micro_batch * hidden * layers
-        activations = kept + activations // max(layers, 1)
-    logits = parts["logits"]
-    if recipe.loss == "chunked":
-        tokens = sequence_length * micro_batch
-        logits = logits * min(_CHUNK_TOKENS, tokens) // tokens
-    on_host = 0
-    if recipe.states_on == "host":
-        on_host = states + (4 + 4) * count  # moments, master weights and gradients
-        states = 0
-    device = weights + states + max(activations + logits, gradients) + gradients
-    device += _WORKSPACE
-    trained = _BYTES[recipe.trained] * count
-    saved = round(_STATES[recipe.states] * count)
-    return MemoryPlan(
-        device_bytes=device,
-        host_bytes=plain.host_bytes + on_host,
-        disk_bytes=8 * count + saved + 2 * (trained + saved),
-        breakdown={"weights": weights, "states": states, "gradients": gradients},
-    )
-
-
 def capability(node: NodeClass) -> Capability:
     """What a node of this class would measure of itself."""
     entry, device = node.population, node.device
     given = entry.memory_gib
     memory = device.memory_bytes if given is None else round(given * GIB)
     host = device.host_bytes if entry.host_gib is None else round(entry.host_gib * GIB)
-    free = memory if device.kind == "cpu" else max(0, memory - CONTEXT_BYTES)
+    free = memory if device.kind == "cpu" else max(0, memory - CARD_RESERVE)
     return Capability(
         device=device.kind,
         device_name=entry.device,
@@ -132,8 +81,10 @@ def _fit(
     for recipe in tried:
         if recipe.accelerator_only and kind == "cpu":
             continue
-        needs = needs_of(recipe, config, sequence_length, micro_batch)
-        verdict = judge_capability(policy, has, needs)
+        needs = plans.quick(
+            dict(config), recipe, sequence_length=sequence_length, micro_batch=micro_batch
+        )
+        verdict = judge_capability(policy, has, [needs])
         if verdict.accepted:
             # What a scenario says that a node was measured at is with the recipe that it uses.
             given = node.population.tokens_per_second is not None

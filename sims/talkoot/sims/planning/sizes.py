@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from talkoot.protocol.errors import ConfigError
-from talkoot.protocol.memory import WEIGHT_BYTES, predict
+from talkoot.protocol.memory import FLOAT, predict
 from talkoot.protocol.messages import CodecSpec
 from talkoot.sims.scenario import Scenario
 
@@ -69,7 +69,7 @@ def model_config(scenario: Scenario) -> dict[str, Any]:
 
 def parameters_of(config: dict[str, Any]) -> int:
     """Parameters, from the config's numbers."""
-    return predict(config, 2, 1).breakdown["weights"] // WEIGHT_BYTES
+    return predict(config, 2, 1).breakdown["device_weights"] // FLOAT
 
 
 @lru_cache(maxsize=64)
