@@ -51,12 +51,13 @@ def headline(results: Sequence[PlanResult]) -> list[tuple[str, str]]:
         return middle(results, name)
 
     rounds, days = figure("rounds") or 0, figure("virtual_days") or 0.0
+    length = f"{days:.3g} days" if days >= 2 else seconds_text(86_400 * days)
     lines = [
         ("tokens a day", count_text(figure("tokens_per_day"))),
         ("utilization", share(figure("utilization"))),
         (
             "rounds",
-            f"{rounds:.0f} in {days:.3g} days, {seconds_text(figure('round_seconds'))} each",
+            f"{rounds:.0f} in {length}, {seconds_text(figure('round_seconds'))} each",
         ),
         (
             "nodes that fit",
