@@ -236,7 +236,8 @@ def _copy(
         return None
     sketches = np.stack([one.sketch for one in seen])  # (contributions, SIZE)
     cosines = sketches @ found.sketch
-    newest = [i for i, one in enumerate(seen) if one.round == max(s.round for s in seen)]
+    latest = max(one.round for one in seen)
+    newest = [i for i, one in enumerate(seen) if one.round == latest]
     among = sketches[newest] @ sketches[newest].T
     usual = among[np.triu_indices(len(newest), k=1)]
     threshold = duplicate_threshold([float(c) for c in usual])

@@ -9,7 +9,8 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +40,12 @@ class Identity:
 
     key: NodeKey
     run_id: str
+    made_unix: float = field(default_factory=time.time)
+    """When it begins, Unix seconds."""
 
     @classmethod
     def fresh(cls, name: str) -> Identity:
-        """From the operating system's randomness."""
+        """From the operating system's randomness, now."""
         return cls(NodeKey.generate(), f"{name[:50]}-{secrets.token_hex(4)}")
 
 
@@ -76,7 +79,8 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
     from talkoot.server.corpus import build_corpus
 
     say("Keys and certificate authority …")
-    CertificateAuthority.create(state.ca)
+    made = datetime.fromtimestamp(identity.made_unix, UTC)
+    CertificateAuthority.create(state.ca, now=made)
     issue_loopback_certificate(state)
     key, run_id = identity.key, identity.run_id
     key.save(state.coordinator_key)
@@ -135,7 +139,7 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
 
     ledger = Ledger(Ledger.url_at(state.root, config.ledger.url))
     ledger.migrate()
-    now = time.time()
+    now = identity.made_unix
     with ledger.write() as session:
         session.add(
             Run(

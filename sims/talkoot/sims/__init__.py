@@ -1,7 +1,7 @@
 """The researcher: local networks of real processes, simulations of large ones, their reports.
 
-For notebooks: ``from talkoot.sims import Scenario, plan``. Nothing heavy is imported before it is
-used.
+For notebooks: ``from talkoot.sims import Scenario, plan, run``. Nothing heavy is imported before it
+is used.
 """
 
 from __future__ import annotations
@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from talkoot.sims.planning import plan
     from talkoot.sims.scenario import Scenario
+    from talkoot.sims.virtual.command import run
 
-__all__ = ["Scenario", "plan"]
-_HOMES = {"Scenario": "talkoot.sims.scenario", "plan": "talkoot.sims.planning"}
+__all__ = ["Scenario", "plan", "run"]
+_HOMES = {
+    "Scenario": "talkoot.sims.scenario",
+    "plan": "talkoot.sims.planning",
+    "run": "talkoot.sims.virtual.command",
+}
 
 
 def __getattr__(name: str) -> Any:

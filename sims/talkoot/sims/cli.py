@@ -11,6 +11,7 @@ import typer
 from talkoot.protocol.console import run
 from talkoot.sims.cli_compare import compare, published
 from talkoot.sims.cli_plan import plan
+from talkoot.sims.cli_run import run_scenario
 from talkoot.sims.cli_scenario import scenarios
 
 app = typer.Typer(
@@ -207,6 +208,7 @@ def attacks(
 
 
 app.command()(scenarios)
+app.command(name="run")(run_scenario)
 app.command()(plan)
 app.command()(compare)
 app.command()(published)

@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -153,6 +153,17 @@ class Trainer:
             base = open_base(config, adapter, base_path)
         self._run = _Run(spec, config, manifest, corpus, work, base)
         return {"parameters": manifest.parameters}
+
+    def move(self, root: Path) -> None:
+        """Take up another node's directory of the same run, with the replica that is in memory.
+
+        What memory holds is loaded anew for each lease, so one trainer can serve many nodes, one
+        after the other. Raises :class:`StateError` as :meth:`open` does.
+        """
+        run = self._opened
+        self._root = root
+        work = WorkDir(root, run.spec.run_id, run.spec.manifest.digest)
+        self._run = replace(run, work=work)
 
     @property
     def _opened(self) -> _Run:

@@ -1,0 +1,78 @@
+"""All that the simulator touches of Flower's simulation engine and Ray, in one file (ADR 2, 19)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from talkoot.protocol.errors import TalkootError, UnavailableError
+
+
+def simulate(
+    server_app: Any,
+    root: str,
+    nodes: int,
+    *,
+    workers: int,
+    address: str | None,
+    ray_files: Path,
+    object_store_bytes: int,
+    ended: Callable[[str], None],
+) -> None:
+    """Run a ServerApp and :class:`Host` in Flower's simulation engine on Ray, to the end.
+
+    Must be called in the main thread of a process that lives as long as the run: the kernel ends
+    Ray's processes with the thread that started them.
+
+    Args:
+        server_app: runs in a thread of this process.
+        root: of the run, for :class:`Host`.
+        nodes: how many Flower nodes there are.
+        workers: Ray's actors here; on a cluster one for each CPU.
+        address: of a Ray cluster; None starts Ray here.
+        ray_files: Ray's temporary directory here.
+        object_store_bytes: Ray's shared memory here.
+        ended: told why, when the engine has ended, so that the ServerApp waits no longer.
+
+    Raises:
+        TalkootError: what the ServerApp raised.
+        UnavailableError: the engine failed.
+    """
+    from flwr.simulation import run_simulation
+
+    from talkoot.sims.virtual.host import Host
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # its function is deprecated for its command
+    init: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+    if address is None:
+        init |= {
+            "num_cpus": workers,
+            "num_gpus": 0,
+            "object_store_memory": object_store_bytes,
+            "_temp_dir": str(ray_files),
+        }
+    else:
+        init["address"] = address
+        os.environ["RAY_ADDRESS"] = address
+    try:
+        run_simulation(
+            server_app,
+            Host(root),
+            nodes,
+            backend_name="ray",
+            backend_config={
+                "init_args": init,
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            },
+        )
+    except TalkootError:
+        raise
+    except Exception as err:
+        ended(str(err))
+        told = err.__cause__ or err
+        raise UnavailableError(
+            f"Flower's simulation engine failed ({type(told).__name__}: {told}): see engine.log."
+        ) from err

@@ -1,0 +1,286 @@
+"""What a simulation found, read from the ledger that the real coordinator kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from sqlalchemy import select
+
+from talkoot.protocol.files import write_atomic
+from talkoot.server.heldout import mean_loss
+from talkoot.server.ledger.schema import (
+    ContributionRecord,
+    Evaluation,
+    LeaseRecord,
+    Node,
+    Round,
+    Version,
+)
+from talkoot.sims.planning.fleet import Fleet
+from talkoot.sims.scenario import Scenario
+from talkoot.sims.virtual.layout import Profile
+from talkoot.sims.virtual.site import EPOCH, Site
+from talkoot.sims.virtual.world import DAY, World
+
+EVENT_FIELDS: Final = (
+    "round",
+    "attempt",
+    "node",
+    "population",
+    "attack",
+    "tokens",
+    "sent",
+    "fetched",
+    "trained",
+    "arrived",
+    "answered",
+    "bytes_down",
+    "bytes_up",
+    "answer",
+)
+"""Of one lease; times are virtual seconds since the beginning."""
+
+
+@dataclass(frozen=True)
+class RoundFound:
+    """One published round. Times are virtual seconds since the beginning."""
+
+    round: int
+    attempts: int
+    opened: float
+    closed: float
+    published: float
+    reason: str
+    leases: int
+    contributions: int
+    tokens: int
+    tokens_so_far: int
+    bytes_up: int
+    """Of accepted payloads."""
+    loss: float
+    """Mean training loss, as nodes say, weighted by tokens."""
+    heldout: float | None
+    weights_digest: str
+
+
+@dataclass(frozen=True)
+class NodeFound:
+    """One node."""
+
+    name: str
+    population: str
+    attack: str
+    status: str
+    contributions: int
+    tokens: int
+    train_seconds: float
+    online_seconds: float
+    bytes_up: int
+    bytes_down: int
+
+
+def write_result(
+    path: Path,
+    scenario: Scenario,
+    world: World,
+    site: Site,
+    profiles: Sequence[Profile],
+    refused: Mapping[int, str],
+    machine: Mapping[str, Any],
+) -> None:
+    """Write ``run.json``: all that the report and ``--json`` say."""
+    rounds = _rounds(site)
+    nodes = _nodes(world, site, profiles)
+    fleet = world.fleet
+    for index in refused:
+        nodes.append(_never_in(profiles[index]))
+    found = figures(scenario, fleet, rounds, nodes, len(profiles))
+    found["first_loss"] = _heldout(site, 0)
+    document = {
+        "scenario": scenario.model_dump(mode="json"),
+        "figures": found,
+        "rounds": [asdict(row) for row in rounds],
+        "nodes": [asdict(row) for row in nodes],
+        "refused": Counter(refused.values()).most_common(20),
+        "first_loss": found["first_loss"],
+        "weights_digest": _newest_digest(site),
+        "machine": machine,
+    }
+    write_atomic(path, json.dumps(document, indent=1).encode())
+
+
+def _rounds(site: Site) -> list[RoundFound]:
+    found: list[RoundFound] = []
+    total = 0
+    with site.coordinator.ledger.read() as session:
+        for one in session.scalars(
+            select(Round).where(Round.state == "published").order_by(Round.round)
+        ).all():
+            accepted = session.scalars(
+                select(ContributionRecord).where(ContributionRecord.round == one.round)
+            ).all()
+            leases = session.scalars(
+                select(LeaseRecord.lease_id).where(LeaseRecord.round == one.round)
+            ).all()
+            version = session.get_one(Version, (one.run_id, one.round))
+            tokens = sum(c.tokens for c in accepted)
+            total += tokens
+            found.append(
+                RoundFound(
+                    round=one.round,
+                    attempts=one.attempt + 1,
+                    opened=one.opened_unix - EPOCH,
+                    closed=(one.closed_unix or 0.0) - EPOCH,
+                    published=(one.published_unix or 0.0) - EPOCH,
+                    reason=one.reason,
+                    leases=len(leases),
+                    contributions=len(accepted),
+                    tokens=tokens,
+                    tokens_so_far=total,
+                    bytes_up=sum(c.payload_bytes for c in accepted),
+                    loss=sum(c.loss * c.tokens for c in accepted) / max(tokens, 1),
+                    heldout=None,
+                    weights_digest=version.weights_digest,
+                )
+            )
+    return [RoundFound(**{**asdict(row), "heldout": _heldout(site, row.round)}) for row in found]
+
+
+def _heldout(site: Site, version: int) -> float | None:
+    with site.coordinator.ledger.read() as session:
+        rows = session.scalars(select(Evaluation).where(Evaluation.version == version)).all()
+    if not rows:
+        return None
+    return mean_loss([row.loss for row in rows], [row.weight for row in rows])
+
+
+def _newest_digest(site: Site) -> str:
+    with site.coordinator.ledger.read() as session:
+        return site.book.latest_version(session).weights_digest
+
+
+def _nodes(world: World, site: Site, profiles: Sequence[Profile]) -> list[NodeFound]:
+    lines = world.fleet.timelines
+    indices = sorted(world.nodes)
+    online = lines.online_seconds(np.array(indices, dtype=np.int64), world.now - EPOCH)
+    found = []
+    with site.coordinator.ledger.read() as session:
+        for index, seconds in zip(indices, online.tolist(), strict=True):
+            node, profile = world.nodes[index], profiles[index]
+            record = session.get_one(Node, site.node_ids[index])
+            tokens = session.scalars(
+                select(ContributionRecord.tokens).where(
+                    ContributionRecord.node_id == record.node_id
+                )
+            ).all()
+            found.append(
+                NodeFound(
+                    name=profile.name,
+                    population=profile.population,
+                    attack=profile.attack or "",
+                    status=record.status,
+                    contributions=len(tokens),
+                    tokens=sum(tokens),
+                    train_seconds=node.train_seconds,
+                    online_seconds=seconds,
+                    bytes_up=node.bytes_up,
+                    bytes_down=node.bytes_down,
+                )
+            )
+    return found
+
+
+def _never_in(profile: Profile) -> NodeFound:
+    return NodeFound(
+        profile.name, profile.population, profile.attack or "", "refused", 0, 0, 0.0, 0.0, 0, 0
+    )
+
+
+def figures(
+    scenario: Scenario,
+    fleet: Fleet,
+    rounds: Sequence[RoundFound],
+    nodes: Sequence[NodeFound],
+    asked: int,
+) -> dict[str, float | None]:
+    """By the names of ``METRICS``; None has no value."""
+    days = rounds[-1].published / DAY if rounds else 0.0
+    tokens = rounds[-1].tokens_so_far if rounds else 0
+    online = sum(node.online_seconds for node in nodes)
+    up, down = sum(node.bytes_up for node in nodes), sum(node.bytes_down for node in nodes)
+    pace = tokens / days if days else None
+    target = scenario.target_tokens
+    kwh, energy = _energy(scenario, fleet, nodes)
+    spans = [row.published - row.opened for row in rounds]
+    out = [node.status == "quarantined" for node in nodes]
+    lied = [bool(node.attack) for node in nodes]
+    losses = [row.heldout for row in rounds if row.heldout is not None]
+    return {
+        "rounds": len(rounds),
+        "virtual_days": days,
+        "round_seconds": statistics.fmean(spans) if spans else None,
+        "reopened": sum(row.attempts - 1 for row in rounds),
+        "tokens": tokens,
+        "tokens_per_day": pace,
+        "utilization": sum(n.train_seconds for n in nodes) / online if online else None,
+        "nodes": asked,
+        "nodes_that_fit": sum(node.status != "refused" for node in nodes),
+        "contributions_per_round": (
+            statistics.fmean([row.contributions for row in rounds]) if rounds else None
+        ),
+        "bytes_up": up,
+        "bytes_down": down,
+        "coordinator_egress_gb_per_day": down / 1e9 / days if days else None,
+        "coordinator_ingress_gb_per_day": up / 1e9 / days if days else None,
+        "kwh": kwh,
+        "cost": energy + scenario.coordinator.price_per_egress_gb * down / 1e9,
+        "days_to_target": target / pace if target is not None and pace else None,
+        "loss": losses[-1] if losses else None,
+        "attackers_quarantined": sum(a and b for a, b in zip(lied, out, strict=True)),
+        "honest_quarantined": sum(b and not a for a, b in zip(lied, out, strict=True)),
+    }
+
+
+def _energy(scenario: Scenario, fleet: Fleet, nodes: Sequence[NodeFound]) -> tuple[float, float]:
+    """Kilowatt-hours, and what they cost."""
+    watts = {fit.node_class.name: fit.node_class.watts for fit in fleet.fits}
+    entries = {entry.name: entry for entry in scenario.population}
+    kwh = cost = 0.0
+    for node in nodes:
+        entry = entries[node.population]
+        idle = max(0.0, node.online_seconds - node.train_seconds)
+        used = (node.train_seconds * watts[node.population] + idle * entry.idle_watts) / 3.6e6
+        kwh += used
+        cost += used * entry.price_per_kwh
+    return kwh, cost
+
+
+def read_leases(events: Path) -> list[dict[str, Any]]:
+    """Every lease that was answered, as the engine kept them."""
+    with events.open(encoding="ascii") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_tables(
+    document: Mapping[str, Any], leases: Sequence[Mapping[str, Any]], out: Path
+) -> None:
+    """``rounds.csv``, ``nodes.csv`` and ``leases.csv``, for pandas."""
+    _table(out / "rounds.csv", document["rounds"])
+    _table(out / "nodes.csv", document["nodes"])
+    _table(out / "leases.csv", leases, EVENT_FIELDS)
+
+
+def _table(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str] = ()) -> None:
+    names = list(fields or (rows[0] if rows else ()))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
