@@ -14,7 +14,7 @@ from talkoot.server.audit import Auditor
 from talkoot.sims import probe
 from talkoot.sims.local import LocalNetwork
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # a whole story in one set-up
 
 MIB = 2**20
 JOIN_FLAGS = ("--threads", "1", "--checkpoint-seconds", "0.2")

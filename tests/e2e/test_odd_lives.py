@@ -17,7 +17,7 @@ from talkoot.server.audit import Auditor
 from talkoot.sims import probe
 from talkoot.sims.local import LocalNetwork
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # a whole story in one set-up
 
 CLOCK = Path(__file__).parent / "odd_clock"
 HOUR = 3600

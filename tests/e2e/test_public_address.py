@@ -25,7 +25,7 @@ from talkoot.server.flower import ControlApi
 from talkoot.sims.in_process import CAPABILITY
 from talkoot.sims.local import BIN, LocalNetwork, environment
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # a whole story in one set-up
 
 ROUTES = sorted(
     set(re.findall(r'"(/v1/[a-z-]+/[a-z-]+)"', Path(translation.__file__).read_text("utf-8")))

@@ -19,7 +19,7 @@ from talkoot.server.audit import Audit, Auditor
 from talkoot.sims import probe
 from talkoot.sims.local import BIN, Command, LocalNetwork
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # a whole story in one set-up
 
 HOSTILE = Path(__file__).parents[1] / "client" / "hostile"
 JOIN_FLAGS = ("--threads", "1", "--checkpoint-seconds", "0.2")
