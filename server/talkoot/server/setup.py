@@ -106,7 +106,7 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
     )
 
     say("Model and first version …")
-    model_config, model = initial_model(config)
+    model_config, model, get = streamed_model(config) or (*initial_model(config), None)
     _check_vocabulary(model_config, corpus)
     store = ArtifactStore(state.store)
     adapter = None
@@ -117,7 +117,7 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
     manifest = manifest_of(named.items())
     directory = "v00000000"
     first = VersionDir(state.versions / directory)
-    digest = initial_state(manifest, lambda name: named[name].detach(), first.path)
+    digest = initial_state(manifest, get or (lambda name: named[name].detach()), first.path)
     checkpoint = link_checkpoint(store, first)
 
     spec = RunSpec(
@@ -221,6 +221,28 @@ def initial_model(config: Config) -> tuple[dict[str, Any], torch.nn.Module]:
         except OSError as err:
             raise ConfigError(f"model.config: {path} cannot be read ({err.strerror}).") from err
     return model_config, build_model(model_config, seed=config.run.seed, device="cpu")
+
+
+def streamed_model(
+    config: Config,
+) -> tuple[dict[str, Any], torch.nn.Module, Callable[[str], torch.Tensor]] | None:
+    """A pretrained model whose files hold its tensors one by one, shards or not: its config, an
+    outline without memory, and what reads a tensor by name, as fp32. None for any other model.
+
+    So version 0 of a model that is larger than the memory is copied from file to file.
+    """
+    from talkoot.protocol.model import build_model, named_trainable, read_config
+    from talkoot.protocol.sharded import ShardedWeights
+
+    if config.model.pretrained is None or config.adapter.rank:  # adapters look at the weights
+        return None
+    directory = Path(config.model.pretrained)
+    model_config = read_config(directory / "config.json")
+    outline = build_model(model_config, seed=None, device="cpu", meta=True)
+    files = ShardedWeights(directory)
+    if not files.holds({name: tuple(p.shape) for name, p in named_trainable(outline)}):
+        return None
+    return model_config, outline, lambda name: files.get(name).float()
 
 
 def _check_vocabulary(model_config: dict[str, Any], corpus: CorpusManifest) -> None:
