@@ -8,6 +8,7 @@ after a crash the same task leads to the same contribution.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import threading
 import time
@@ -319,7 +320,7 @@ class Worker:
                 peak_bytes=done["peak_bytes"],
                 predicted_bytes=done["predicted_bytes"],
                 tokens_per_second=done["tokens_per_second"],
-                capability=Capability.model_validate(capability),
+                capability=parse(Capability, json.dumps(capability).encode()),  # lists, as tuples
             )
             return self.transfer.prove(self.key.sign("Proof", canonical_bytes(proof)))
         finally:
