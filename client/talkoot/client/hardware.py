@@ -136,10 +136,11 @@ def measure(
                 f"torch knows no device named {device!r}: use cpu, cuda, mps or xpu.",
                 code="no-device",
             ) from err
+    host_physical, _ = host_memory(None)
     host_total, host_free = host_memory(max_memory)
     if chosen.type == "cpu":
         name = _cpu_name()
-        total, free = host_total, host_free
+        physical, total, free = host_physical, host_total, host_free
     elif accelerator is None or accelerator.type != chosen.type:
         there = accelerator.type if accelerator is not None else "none"
         raise CapacityError(
@@ -150,7 +151,9 @@ def measure(
     else:
         name = _accelerator_name(torch.get_device_module(chosen), chosen)
         raw_free, raw_total = torch.accelerator.get_memory_info(chosen)
-        total, free = _capped(int(raw_total), int(raw_free), max_memory)
+        physical = int(raw_total)
+        total, free = _capped(physical, int(raw_free), max_memory)
+    module = None if chosen.type == "cpu" else torch.get_device_module(chosen)
     return Capability(
         device=chosen.type,
         device_name=name[:128],
@@ -162,7 +165,54 @@ def measure(
         cpu_count=_usable_cpus(),
         torch_version=str(torch.__version__)[:64],
         talkoot_version=_talkoot_version()[:64],
+        device_physical_bytes=physical,
+        host_physical_bytes=host_physical,
+        compute_capability=_compute_capability(module, chosen)[:32],
+        bf16=_has_bf16(module),
+        driver=_driver(module)[:64],
     )
+
+
+def _ask(module: object, name: str, *arguments: object) -> object:
+    """What a device module says, or None where it does not know the question."""
+    question = getattr(module, name, None)
+    if not callable(question):
+        return None
+    try:
+        return question(*arguments)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+        return None
+
+
+def _compute_capability(module: object, device: object) -> str:
+    """``9.0`` of CUDA, the architecture's name of ROCm."""
+    properties = _ask(module, "get_device_properties", device)
+    name = getattr(properties, "gcnArchName", None)
+    if name:
+        return str(name)
+    version = _ask(module, "get_device_capability", device)
+    return ".".join(map(str, version)) if isinstance(version, tuple) else ""
+
+
+def _has_bf16(module: object) -> bool:
+    """Whether the device computes in bf16. Where nobody can say, it is tried: the proof tells."""
+    return module is None or _ask(module, "is_bf16_supported") is not False
+
+
+def _driver(module: object) -> str:
+    """The driver's version, from NVML where nvidia-ml-py is installed (extra ``gpu``)."""
+    if getattr(module, "__name__", "") != "torch.cuda":
+        return ""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # noqa: BLE001 - not installed, or a driver that is broken in its own way
+        return ""
 
 
 def _accelerator_name(module: object, device: object) -> str:

@@ -207,13 +207,6 @@ class MirrorList(Message):
 # Enrolment and admission ----------------------------------------------------------------------
 
 
-class DeviceUser(Message):
-    """Another program that holds memory of the device."""
-
-    name: Annotated[str, Field(max_length=64)]
-    used_bytes: Count
-
-
 class Capability(Message):
     """What a node measured of itself."""
 
@@ -231,21 +224,14 @@ class Capability(Message):
     torch_version: Annotated[str, Field(max_length=64)]
     talkoot_version: Annotated[str, Field(max_length=64)]
     device_physical_bytes: Count | None = None
-    """Device memory without the volunteer's cap; so the next two."""
+    """Device memory without the volunteer's cap."""
     host_physical_bytes: Count | None = None
-    disk_physical_bytes: Count | None = None
-    """Free disk."""
+    """The same of the host."""
     compute_capability: Annotated[str, Field(max_length=32)] = ""
     """``9.0`` of CUDA, ``gfx1100`` of ROCm; empty where there is no such thing."""
     bf16: bool = True
     """Whether the device has units for bf16; a CPU is asked for its speed, not for this."""
     driver: Annotated[str, Field(max_length=64)] = ""
-    users: Annotated[tuple[DeviceUser, ...], Field(max_length=8)] = ()
-    """Who else uses the device, where the driver tells."""
-    link_down_bytes_per_second: Seconds | None = None
-    """From the coordinator, measured; None: not measured."""
-    recipe: Annotated[str, Field(max_length=64)] | None = None
-    """The one that the volunteer insists on, if any."""
 
 
 class EnrolRequest(Message):

@@ -49,14 +49,10 @@ def judge_capability(
     """Whether a node can hold a replica under any recipe, by its measured memory and disk.
 
     Args:
-        needs: the plan of every recipe of the run's kind. If the volunteer insists on one, only
-            that one counts.
+        needs: the plan of every recipe of the run's kind.
         ratio: measured over predicted, on machines of this kind.
     """
-    wanted = [plan for plan in needs if has.recipe in (None, plan.recipe)]
-    if not wanted:
-        return _unknown(str(has.recipe), needs)
-    fits = hold(wanted, has, margin=policy.memory_margin, ratio=ratio)
+    fits = hold(needs, has, margin=policy.memory_margin, ratio=ratio)
     best = fastest(fits)
     if best is not None:
         return Verdict(
@@ -98,7 +94,7 @@ def _unknown(recipe: str, needs: Sequence[MemoryPlan]) -> Verdict:
     return Verdict(
         accepted=False,
         code="unknown-recipe",
-        sentence=f"This run has no recipe {recipe!r}: choose one of {known} with --recipe.",
+        sentence=f"This run has no recipe {recipe!r}: it has {known}.",
     )
 
 

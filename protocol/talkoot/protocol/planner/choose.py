@@ -144,8 +144,7 @@ def _way(fit: Fit, has: Capability) -> _Way:
             free=has.device_free_bytes,
             capped=has.device_total_bytes,
             physical=has.device_physical_bytes or has.device_total_bytes,
-            option="--max-ram" if cpu else "--max-vram",
-            users="" if cpu else _users(has, fit.lacks_device),
+            option="--max-memory",
             what="a machine with {} of memory" if cpu else "a device with {}",
             card=not cpu,
         )
@@ -156,18 +155,14 @@ def _way(fit: Fit, has: Capability) -> _Way:
             free=has.host_free_bytes,
             capped=has.host_total_bytes,
             physical=has.host_physical_bytes or has.host_total_bytes,
-            option="--max-ram",
-            users="",
+            option="--max-memory",
             what="{} of host memory",
             card=False,
         )
         effort, parts = max(effort, kind), [*parts, text]
     if fit.lacks_disk:
-        if has.disk_physical_bytes is not None and fit.need.disk <= has.disk_physical_bytes:
-            parts.append(f"raise --max-disk to {_up(fit.need.disk)}")
-        else:
-            effort = max(effort, 2)
-            parts.append(f"free {format_size(fit.lacks_disk)} of disk or choose another --home")
+        effort = max(effort, 2)
+        parts.append(f"free {format_size(fit.lacks_disk)} of disk or choose another --home")
     return _Way((effort, missing), f"{' and '.join(parts)} ({fit.recipe})")
 
 
@@ -178,12 +173,11 @@ def _more_memory(
     capped: int,
     physical: int,
     option: str,
-    users: str,
     what: str,
     card: bool,
 ) -> tuple[int, str]:
     if wanted <= capped:
-        return 1, f"close {users or 'programs'}: {format_size(wanted - free)}"
+        return 1, f"close programs: {format_size(wanted - free)}"
     if wanted <= physical:
         return 0, f"raise {option} to {_up(wanted)}"
     sizes = [size for size in CARDS if size - CARD_RESERVE >= wanted] if card else []
@@ -194,15 +188,6 @@ def _up(size: int) -> str:
     """In whole GiB that are enough (MiB for less than four)."""
     unit, name = (GIB, "GiB") if size >= 4 * GIB else (2**20, "MiB")
     return f"{-(-size // unit)}{name}"
-
-
-def _users(has: Capability, missing: int) -> str:
-    """The program that uses most, if closing it is enough; else all that are known."""
-    users = sorted(has.users, key=lambda user: -user.used_bytes)
-    for count in range(1, len(users) + 1):
-        if sum(user.used_bytes for user in users[:count]) >= missing:
-            return ", ".join(user.name for user in users[:count])
-    return ""
 
 
 def table(fits: Sequence[Fit], device: str) -> list[str]:
