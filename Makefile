@@ -10,7 +10,7 @@ export FLWR_TELEMETRY_ENABLED   ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench bench-7b bench-control demo chaos test lint format types contracts check proto clean
+.PHONY: help setup bench bench-7b bench-control fuzz demo chaos test lint format types contracts check proto clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -33,6 +33,9 @@ bench-control: $(STAMP) ## put thousands of nodes on one coordinator (ARGS="--no
 
 bench-7b: $(STAMP) ## a whole round at 7.0e9 parameters on this machine: needs 76 GB of free disk
 	@$(BIN)/python -m bench.round7b $(ARGS)
+
+fuzz: $(STAMP) ## hostile bytes into every parser (ARGS=--quick: a minute)
+	@$(BIN)/python -m bench.fuzz $(ARGS)
 
 chaos: $(STAMP) ## kill every process of a real network, again and again (ARGS="--quick")
 	@$(BIN)/talkoot-sim chaos $(ARGS)

@@ -59,6 +59,8 @@ DRIVERS: Final = 48
 RAMP_PER_SECOND: Final = 12.0
 """Nodes that come online a second: activation is the dearest call of all."""
 START_SECONDS: Final = 180.0
+SETTLE_SECONDS: Final = 60.0
+"""For the last that came to be seen by all; who is missing after that was lost."""
 GIB: Final = 2**30
 
 CONFIG: Final = """
@@ -426,7 +428,7 @@ def measure(count: int, seconds: float, root: Path, say: Callable[[str], None]) 
         ramp = _until_all_are_there(counts, count, watch, say)
         watch.mark()
         steady = time.monotonic()
-        lowest = _hold(network.state, seconds, watch, say, lambda: _said(counts, steady))
+        lowest = _hold(network.state, count, seconds, watch, say, lambda: _said(counts, steady))
         shares = watch.shares()
         pulls = sorted(took for at, took in counts.pulls if at >= steady)
         held = time.monotonic() - steady
@@ -494,12 +496,16 @@ def _said(counts: Counts, since: float) -> str:
 
 def _hold(
     state: Path,
+    count: int,
     seconds: float,
     watch: Watch,
     say: Callable[[str], None],
     said: Callable[[], str],
 ) -> tuple[int, int]:
     """Hold for so long; the lowest (online, members) that were seen."""
+    settled = time.monotonic() + SETTLE_SECONDS
+    while min(census(state)) < count and time.monotonic() < settled:
+        time.sleep(1.0)
     end = time.monotonic() + seconds
     online, members = census(state)
     looked = time.monotonic()
