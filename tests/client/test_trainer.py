@@ -491,7 +491,7 @@ def test_a_lease_of_another_recipe_survives_a_stop_and_is_repeated_to_the_same_p
     assert sha256_file(tmp_path / "replay.safetensors")[0] == whole["digest"]
 
 
-def test_a_lease_begun_under_another_recipe_is_begun_again(
+def test_a_lease_begun_under_another_recipe_goes_on_with_what_was_trained(
     make_run: MakeRun, tmp_path: Path
 ) -> None:
     run = make_run()
@@ -504,4 +504,4 @@ def test_a_lease_begun_under_another_recipe_is_begun_again(
     second.open(run.spec, *run.open_paths)
     steps: list[int] = []
     second.train(task, blocks, on_progress=lambda report: steps.append(report["step"]))
-    assert steps[0] == 1
+    assert steps[0] == 3

@@ -22,8 +22,7 @@ from talkoot.client.worker import Worker
 from talkoot.protocol import recipes
 from talkoot.protocol.adapters import model_of
 from talkoot.protocol.errors import ConfigError, IntegrityError, StateError
-from talkoot.protocol.identity import NodeKey
-from talkoot.protocol.messages import ArtifactRef, Contribution, InnerSpec, Signed, canonical_bytes
+from talkoot.protocol.messages import InnerSpec
 from talkoot.protocol.model import named_trainable, preset
 from talkoot.protocol.replica import new_replica
 from talkoot.protocol.weights import WeightsReader
@@ -32,7 +31,8 @@ from talkoot.server.config import parse_config
 from talkoot.server.evaluator import Evaluator
 from talkoot.server.export import export_version
 from talkoot.server.setup import init
-from talkoot.sims.in_process import InProcessCoordinator, lease_of, task_of
+from talkoot.sims.desk_node import DeskNode
+from talkoot.sims.in_process import InProcessCoordinator
 
 RANK = 8
 
@@ -95,80 +95,6 @@ bind = "127.0.0.1"
     torch.set_num_threads(threads)
 
 
-class Node:
-    """A trainer that talks to the desk without a wire, under a recipe of its own."""
-
-    def __init__(self, network: InProcessCoordinator, root: Path, name: str, recipe: str) -> None:
-        self._network = network
-        self.id = network.enrol(Home(root), name).node_id
-        self.key = NodeKey.load(Home(root).key)
-        self.trainer = Trainer(root / "work", "cpu", recipe=recipe, checkpoint_seconds=0.0)
-        self._root = root
-        coordinator = network.coordinator
-        spec, path = coordinator.spec, coordinator.store.path
-        assert coordinator.base is not None
-        self.trainer.open(
-            spec,
-            path(spec.model.digest),
-            path(spec.manifest.digest),
-            path(spec.corpus.digest),
-            coordinator.base,
-        )
-
-    def work(self) -> dict[str, Any]:
-        """One lease from end to end; it must be accepted."""
-        signed = self._network.lease(self.id)
-        task, coordinator = task_of(signed), self._network.coordinator
-        path = coordinator.store.path
-        ref = task.base
-        held = self.trainer.state()["version"]
-        fresh = held is None
-        start = ref.checkpoint_version if fresh else held
-        self.trainer.sync(
-            ref.version,
-            ref.weights_digest,
-            (start, path(ref.checkpoint.digest)) if fresh else None,
-            [path(u.digest) for u in ref.updates[start - ref.updates_from :]],
-        )
-        result = self.trainer.train(task, self._blocks(signed))
-        lease_id = task.lease.lease_id
-        payload = self._root / "payload"
-        shutil.copy(result["payload_path"], payload)
-        desk = self._network.desk
-        desk.pushed(self.id, lease_id, result["digest"], payload)
-        claim = Contribution(
-            run_id=task.run_id,
-            round=task.round,
-            lease_id=lease_id,
-            node_id=self.id,
-            base_weights_digest=ref.weights_digest,
-            payload=ArtifactRef(digest=result["digest"], size_bytes=result["size"]),
-            tokens=result["tokens"],
-            steps=result["steps"],
-            loss=result["loss"],
-            training_seconds=result["training_seconds"],
-        )
-        verdict = desk.submit(self.id, self.key.sign("Contribution", canonical_bytes(claim)))
-        assert verdict.accepted, verdict.sentence
-        self.trainer.settle(lease_id, True)
-        return result
-
-    def _blocks(self, signed: Signed) -> list[Path]:
-        from talkoot.protocol.corpus import INDEX, block_digest
-
-        coordinator = self._network.coordinator
-        index = (coordinator.state.corpus / INDEX).read_bytes()
-        files = []
-        for ref in lease_of(signed).blocks:
-            found = coordinator.source.lookup(block_digest(index, ref.block))
-            assert found is not None
-            with found.path.open("rb") as file:
-                file.seek(found.offset)
-                files.append(self._root / f"block-{ref.block}")
-                files[-1].write_bytes(file.read(found.length))
-        return files
-
-
 def heldout(network: InProcessCoordinator, evaluator: Evaluator) -> float:
     """Loss of the newest version on held-out text."""
     assert evaluator.step()
@@ -202,7 +128,7 @@ def test_nodes_with_three_recipes_train_adapters_and_the_merged_export_is_what_w
         assert adapter.base.digest in network.book.served_digests(2)
         evaluator = Evaluator(coordinator)
         losses = [heldout(network, evaluator)]
-        nodes = [Node(network, tmp_path / name, name, name) for name in names]
+        nodes = [DeskNode(network, tmp_path / name, name, name) for name in names]
         sizes = []
         for _ in range(3):
             sizes += [node.work()["size"] for node in nodes]
@@ -212,7 +138,7 @@ def test_nodes_with_three_recipes_train_adapters_and_the_merged_export_is_what_w
         assert max(sizes) < adapter.base.size_bytes / 4
 
         # A node that comes later starts from a checkpoint of adapters alone.
-        late = Node(network, tmp_path / "late", "late", "lora-fp32")
+        late = DeskNode(network, tmp_path / "late", "late", "lora-fp32")
         assert late.work()["tokens"] > 0
 
         merged, alone = tmp_path / "merged", tmp_path / "alone"

@@ -346,6 +346,7 @@ def run_daemon(home: Home, say: Callable[[str], None], trainer: TrainerHost | No
         settings.threads,
         home.logs / "trainer.log",
         checkpoint_seconds=settings.checkpoint_seconds,
+        max_memory=settings.max_memory_bytes,
     )
     daemon = Daemon(home, tell, child)
     asked = False

@@ -51,6 +51,8 @@ class Counters(Message):
     newest_digest: Digest | None = None
     newest_round: int = -1
     newest_attempt: int = -1
+    proved_recipe: Annotated[str, Field(max_length=64)] | None = None
+    """What the last accepted proof was made with."""
     settled_lease: LeaseId | None = None
     """The last lease that was answered: its task may come again, over the other plane."""
     settled_accepted: bool = False

@@ -60,6 +60,7 @@ def join(
             chosen.threads,
             home.logs / "trainer.log",
             checkpoint_seconds=chosen.checkpoint_seconds,
+            max_memory=chosen.max_memory_bytes,
         )
         try:
             trainer.start()  # its imports take seconds: let them run meanwhile

@@ -118,6 +118,7 @@ class TrainerHost:
         threads: CPU threads of the child; ``None`` leaves the choice to torch.
         log_path: the child's stderr, appended.
         checkpoint_seconds: the most work, in seconds, that a crash can cost.
+        max_memory: bytes that the child may take of its device's memory; ``None`` is no cap.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class TrainerHost:
         log_path: Path,
         *,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        max_memory: int | None = None,
     ) -> None:
         self._command = [
             *(sys.executable, "-m", "talkoot.client.trainer"),
@@ -138,6 +140,8 @@ class TrainerHost:
             self._command += ["--device", device]
         if threads is not None:
             self._command += ["--threads", str(threads)]
+        if max_memory is not None:
+            self._command += ["--max-memory", str(max_memory)]
         self._work = work
         self._log_path = log_path
         self._call_lock = threading.Lock()

@@ -131,6 +131,8 @@ class Worker:
         self.steps = 0
         self.loss: float | None = None
         self.tokens_per_second = 0.0
+        self.recipe: str | None = None
+        self.falls = 0
         self.reply: NodeReportReply | None = None
 
     def _over_grpc(self, enrolment: Enrolment, key: NodeKey, meter: Meter) -> DataPlane:
@@ -244,7 +246,7 @@ class Worker:
         corpus = parse(CorpusManifest, corpus_path.read_bytes(), cap=MAX_JSON_ARTIFACT)
         self._index = self._fetch(corpus.blocks_index).read_bytes()
         base = str(self._fetch(spec.adapter.base)) if spec.adapter is not None else None
-        self.trainer.call(
+        opened = self.trainer.call(
             "open",
             spec=spec.model_dump(mode="json"),
             model_config_path=str(model_config),
@@ -252,6 +254,8 @@ class Worker:
             corpus_path=str(corpus_path),
             base_path=base,
         )
+        self.recipe = opened["recipe"]
+        self.falls = int(opened["falls"])
         self._corpus = corpus
         self._spec = spec
 
@@ -300,6 +304,7 @@ class Worker:
             challenge = parse(ProofChallenge, self.transfer.challenge())
             done = self.trainer.call(
                 "prove",
+                on_progress=self._progress,
                 should_stop=self.should_stop,
                 nonce=challenge.nonce,
                 steps=challenge.steps,
@@ -322,7 +327,10 @@ class Worker:
                 tokens_per_second=done["tokens_per_second"],
                 capability=parse(Capability, json.dumps(capability).encode()),  # lists, as tuples
             )
-            return self.transfer.prove(self.key.sign("Proof", canonical_bytes(proof)))
+            verdict = self.transfer.prove(self.key.sign("Proof", canonical_bytes(proof)))
+            if verdict.accepted:
+                self.save_counters(proved_recipe=proof.recipe)
+            return verdict
         finally:
             self.state = "idle"
 
@@ -382,7 +390,18 @@ class Worker:
         else:
             self._say(f"Round {task.round}: {verdict.sentence}")
         self._sweep(task)
+        self._prove_what_changed()
         return verdict
+
+    def _prove_what_changed(self) -> None:
+        """Prove again when this node holds its replica by another recipe than it has shown.
+
+        The coordinator's verdict comes with the next report, too: a node that it does not admit any
+        more gets no leases.
+        """
+        if self.counters.proved_recipe in (None, self.recipe):
+            return
+        self._say(self.prove().sentence)
 
     def _train(self, task: RoundTask, blocks: list[Path]) -> dict[str, Any]:
         """Train a lease; a trainer that dies on the way goes on from its last checkpoint."""
@@ -422,6 +441,13 @@ class Worker:
         )
 
     def _progress(self, report: dict[str, Any]) -> None:
+        fell = report.get("fell")
+        if fell is not None:
+            self.recipe, self.falls = str(fell["after"]), self.falls + 1
+            self._say(
+                f"Memory ran out under {fell['before']}; going on with {fell['after']}. The work "
+                "is kept."
+            )
         self.step = int(report.get("step", self.step))
         self.steps = int(report.get("steps", self.steps))
         loss = report.get("loss")
@@ -596,6 +622,8 @@ class Worker:
                 bytes_down=self.meter.bytes_down,
                 healed=self.counters.healed,
                 started_unix=self._started_unix,
+                recipe=self.recipe,
+                falls=self.falls,
             )
         )
         self.membership.hears()
@@ -703,6 +731,7 @@ def worker_for(home: str) -> Iterator[Worker]:
             settings.threads,
             node.logs / "trainer.log",
             checkpoint_seconds=settings.checkpoint_seconds,
+            max_memory=settings.max_memory_bytes,
         ) as trainer,
     ):
         trainer.start()

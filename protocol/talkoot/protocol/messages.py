@@ -474,6 +474,10 @@ class NodeReport(Message):
     """How often the node found its replica wrong and fetched a checkpoint anew."""
     started_unix: Seconds
     """When this daemon process started: a change is a restart."""
+    recipe: Annotated[str, Field(max_length=64)] | None = None
+    """How it holds its replica."""
+    falls: Count = 0
+    """How often memory ran out and a smaller recipe took over."""
 
 
 class NodeReportReply(Message):

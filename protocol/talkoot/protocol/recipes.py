@@ -82,10 +82,29 @@ class Recipe:
         """Whether gradients of several micro-batches could be summed before a step."""
         return self.gradients != "in-backward"
 
+    def bytes_per_parameter(self, device: str) -> float:
+        """Of the device's memory, for what is there throughout a step; on a CPU host memory is the
+        device's, too. A rough count, to tell which of two recipes is the smaller."""
+        if self.adapter is not None:
+            return _HELD[self.adapter.base]
+        held = _HELD[self.weights]
+        both = 2 * _HELD[self.states] if self.optimizer == "adamw" else _HELD[self.states]
+        if self.states_on == "device" or device == "cpu":
+            held += both + (_HELD["float32"] if self.states_on == "host" else 0)
+        if self.gradients == "kept" or (self.gradients == "offloaded" and device == "cpu"):
+            held += _HELD[self.weights]
+        return held
+
     def speed(self, device: str) -> float:
         """Relative speed on a kind of device: ``cpu`` or anything else."""
         return self.cpu_speed if device == "cpu" else self.accelerator_speed
 
+
+_HELD: Final = {
+    **{"float32": 4.0, "bfloat16": 2.0, "8-bit": 1.02, "4-bit": 0.54, "nf4": 0.52},
+    "factored": 0.01,
+}
+"""Bytes of one number as it is held, with its share of a block's scale."""
 
 _SMALL: Final = {"checkpointing": True, "loss": "chunked"}
 _PURE_BF16: Final = {
@@ -306,6 +325,25 @@ def get(name: str, adapters: bool | None = None) -> Recipe:
             code="unknown-recipe",
         )
     return known[name]
+
+
+def needs_less(one: Recipe, other: Recipe, device: str) -> bool:
+    """Whether ``one`` takes less of the device's memory than ``other``, for any model.
+
+    Nothing of it is larger and something is smaller: what is there throughout, or what is kept of
+    activations and logits.
+    """
+
+    def sizes(recipe: Recipe) -> tuple[float, int, int, int]:
+        return (
+            recipe.bytes_per_parameter(device),
+            int(not recipe.checkpointing),
+            int(recipe.loss == "plain"),
+            int(recipe.compute == "float32"),
+        )
+
+    pairs = list(zip(sizes(one), sizes(other), strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 def fastest_first(device: str, adapters: bool = False) -> list[Recipe]:

@@ -418,8 +418,9 @@ def nodes_show(
     state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
-    """A node's standing and the reasons for it."""
+    """A node's standing and the reasons for it, its recipe and its proofs."""
     from talkoot.server.belief import Belief
+    from talkoot.server.proofs import memory_of
     from talkoot.server.registry import find_node
 
     coordinator = _open(state)
@@ -430,6 +431,7 @@ def nodes_show(
         "status": found.status,
         "status_sentence": found.sentence,
         **Belief(coordinator).record_of(found.node_id),
+        **memory_of(coordinator, found.node_id),
     }
     if as_json:
         typer.echo(json.dumps(document, indent=2))

@@ -540,6 +540,10 @@ class Registry:
         with self.coordinator.ledger.write() as session:
             node = _node(session, node_id)
             state = session.get(NodeState, node_id)
+            known = NodeReport.model_validate_json(state.report).falls if state is not None else 0
+            if report.falls > known:
+                sentence = f"memory ran out; it goes on with {report.recipe}."
+                note(session, "fell", f"{node.name} ({node_id}): {sentence}")
             if state is None:
                 session.add(NodeState(node_id=node_id, seen_unix=now, report=body, restarts=0))
             else:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from talkoot.protocol.console import format_count
+from talkoot.protocol.memory import format_size
 from talkoot.protocol.refusals import printable
 
 _STATUS_STYLES = {
@@ -111,6 +112,22 @@ def print_record(document: dict[str, Any]) -> None:
         f"suspicion {document['suspicion']:.1f} of {document['quarantine_at']:.0f}, "
         f"{document['counted']} contributions counted in this standing"
     )
+    if document["recipe"] is not None:
+        fell = f", after memory ran out {document['falls']} times" if document["falls"] else ""
+        console.print(f"recipe {escape(printable(document['recipe']))}{fell}")
+    if document["proofs"]:
+        table = Table("when", "recipe", "peak", "tokens/s", "taken", box=None)
+        table.add_column("why", overflow="fold")
+        for row in document["proofs"]:
+            table.add_row(
+                _ago(row["unix"]),
+                escape(printable(row["recipe"])),
+                format_size(row["peak_bytes"]),
+                f"{row['tokens_per_second']:,.0f}",
+                "yes" if row["accepted"] else "no",
+                escape(row["sentence"]),
+            )
+        console.print(table)
     if document["evidence"]:
         table = Table("when", "round", "evidence", "points", box=None)
         table.add_column("why", overflow="fold")

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
+from talkoot.client.trainer.falls import OUT_OF_MEMORY, is_out_of_memory
 from talkoot.protocol.errors import CapacityError, StateError, TalkootError
 from talkoot.protocol.files import DirectoryLock, explain_os_error
 from talkoot.protocol.messages import M, RoundTask, RunSpec, parse
@@ -35,7 +36,6 @@ NICENESS = 19
 CACHE = "torch"
 """Below the work directory: what torch compiles, should it."""
 _PR_SET_PDEATHSIG = 1
-_OOM_PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class Requests:
@@ -74,18 +74,13 @@ class Requests:
 
 def explain(err: BaseException, root: Path) -> TalkootError:
     """Any failure of an operation as one clear sentence."""
-    import torch
-
     if isinstance(err, TalkootError):
         return err
-    text = str(err)
-    if isinstance(err, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(err, RuntimeError) and any(phrase in text for phrase in _OOM_PHRASES)
-    ):
+    if is_out_of_memory(err):
         return CapacityError(
-            "Memory ran out during training: close other programs, or raise this node's memory "
-            "cap if it has one.",
-            code="out-of-memory",
+            "Memory ran out outside a training step: close other programs, or raise this node's "
+            "memory cap if it has one.",
+            code=OUT_OF_MEMORY,
         )
     if isinstance(err, OSError):
         return explain_os_error(err, "saving the trainer's work", root)
@@ -100,10 +95,13 @@ class Server:
     def __init__(self, requests: Requests, out: BinaryIO, options: argparse.Namespace) -> None:
         import torch
 
+        from talkoot.client.trainer.cap import enforce
         from talkoot.client.trainer.core import Trainer
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        if options.max_memory is not None:
+            enforce(options.max_memory, options.device)
         self._root: Path = options.work
         self._device: str | None = options.device
         self._requests = requests
@@ -153,12 +151,15 @@ class Server:
                 Path(request["manifest_path"]),
                 Path(corpus) if corpus is not None else None,
                 Path(base) if base is not None else None,
+                request.get("recipes") or (),
             )
         if op == "state":
             return trainer.state()
         if op == "prove":
             steps = int(request.get("steps", 2))
-            return trainer.prove(request["nonce"], steps, should_stop=should_stop)
+            return trainer.prove(
+                request["nonce"], steps, on_progress=on_progress, should_stop=should_stop
+            )
         if op == "measure":
             from talkoot.client.hardware import measure
 
@@ -234,6 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--parent", type=int)
     parser.add_argument("--checkpoint-seconds", type=float, default=10.0)
+    parser.add_argument("--max-memory", type=int, help="bytes; see cap.py")
     options = parser.parse_args(arguments)
 
     # Replies go where stdout pointed; what libraries print goes to the log with stderr.

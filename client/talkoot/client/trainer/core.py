@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any, Final
 
 import torch
 
+from talkoot.client.trainer.falls import is_out_of_memory, ladder, next_after
 from talkoot.client.trainer.lease import LeaseJob, Progress, ShouldStop, run_lease
 from talkoot.client.trainer.mend import drop_damaged
-from talkoot.client.trainer.peak import PeakMeter
-from talkoot.client.trainer.workdir import LeaseResult, Published, State, WorkDir
+from talkoot.client.trainer.peak import PeakMeter, return_free_memory
+from talkoot.client.trainer.workdir import Fall, LeaseResult, Published, State, WorkDir
 from talkoot.protocol import faults, limits
 from talkoot.protocol.adapters import GetBase, adapted_outline, open_base
 from talkoot.protocol.artifacts import sha256_file
@@ -95,6 +97,7 @@ class Trainer:
         self._checkpoint_seconds = checkpoint_seconds
         self._chosen = recipe
         self._recipe: Recipe = get(recipe) if recipe is not None else get(REFERENCE)
+        self._recipes: Sequence[Recipe] = (self._recipe,)
         self._run: _Run | None = None
         self._replica: Replica | None = None
 
@@ -105,8 +108,9 @@ class Trainer:
         manifest_path: Path,
         corpus_path: Path | None = None,
         base_path: Path | None = None,
+        recipes: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Take up a run: ``{"parameters"}``.
+        """Take up a run: ``{"parameters", "recipe", "falls"}``.
 
         Args:
             spec: what is trained.
@@ -114,6 +118,9 @@ class Trainer:
             manifest_path: of what is trained.
             corpus_path: the corpus manifest; for training only.
             base_path: the frozen weights of an adapter run; for training only.
+            recipes: that fit this machine, the best first. When memory runs out, the next one that
+                needs less takes over; a node that fell stays there until it is given another first
+                one.
 
         Raises:
             ConfigError: the recipe is none for this kind of run.
@@ -127,8 +134,8 @@ class Trainer:
         if corpus_path is not None:
             corpus = parse_manifest(_artifact(corpus_path, spec.corpus.digest))
         adapter = spec.adapter
-        recipe = self._chosen or reference(adapter is not None).name
-        self._recipe = get(recipe, adapters=adapter is not None)
+        names = recipes or (self._chosen or reference(adapter is not None).name,)
+        choice = ladder(names, self._device.type, adapters=adapter is not None)
         if adapter is None:
             outline = build_model(config, seed=None, device="cpu", meta=True)
         else:
@@ -146,13 +153,22 @@ class Trainer:
                 code="manifest-mismatch",
             )
         work = WorkDir(self._root, spec.run_id, spec.manifest.digest)
+        falls = work.state.falls
+        if falls and falls[0].before != choice[0].name:
+            falls = ()
+            work.commit(work.state.model_copy(update={"falls": ()}))
         self._drop_replica()
+        self._recipes = choice
+        self._recipe = choice[0]
+        if falls:
+            self._recipe = get(falls[-1].after, adapters=adapter is not None)
         base = None
         if adapter is not None and base_path is not None:
             _check_file(base_path, adapter.base.digest)
             base = open_base(config, adapter, base_path)
         self._run = _Run(spec, config, manifest, corpus, work, base)
-        return {"parameters": manifest.parameters}
+        said = {"recipe": self._recipe.name, "falls": len(falls)}
+        return {"parameters": manifest.parameters, **said}
 
     def move(self, root: Path) -> None:
         """Take up another node's directory of the same run, with the replica that is in memory.
@@ -172,7 +188,8 @@ class Trainer:
         return self._run
 
     def state(self) -> dict[str, Any]:
-        """``{"version", "weights_digest", "lease"}`` as recorded (``verify`` looks at the bytes).
+        """``{"version", "weights_digest", "lease", "recipe", "falls"}`` as recorded (``verify``
+        looks at the bytes). ``falls`` is how often memory ran out.
 
         ``lease`` is null or ``{"lease_id", "step", "steps", "done"}``.
         """
@@ -193,19 +210,37 @@ class Trainer:
                 "steps": checkpoint.steps,
                 "done": False,
             }
-        return {**_replica(published), "lease": lease}
+        said = {"recipe": self._recipe.name, "falls": len(work.state.falls)}
+        return {**_replica(published), "lease": lease, **said}
 
     def prove(
-        self, nonce: str, steps: int = PROOF_STEPS, *, should_stop: ShouldStop = never_stop
+        self,
+        nonce: str,
+        steps: int = PROOF_STEPS,
+        *,
+        on_progress: Progress = no_progress,
+        should_stop: ShouldStop = never_stop,
     ) -> dict[str, Any]:
         """Train on the challenge (``proof.py``) and measure it; the replica on disk is not touched.
+
+        When memory runs out it begins again with the next smaller recipe, and ``on_progress`` gets
+        ``{"fell": {"before", "after"}}``.
 
         ``{"loss", "losses", "steps", "peak_bytes", "predicted_bytes", "tokens_per_second",
         "recipe"}``. Speed is that of the steps after the first, which pays for warming up.
 
         Raises:
-            CapacityError: code ``"out-of-memory"``: it does not fit.
+            CapacityError: code ``"out-of-memory"``: it does not fit under any.
         """
+        while True:
+            try:
+                return self._prove(nonce, steps, should_stop)
+            except Exception as err:
+                if not is_out_of_memory(err):
+                    raise
+                self._fall(err, None, on_progress)
+
+    def _prove(self, nonce: str, steps: int, should_stop: ShouldStop) -> dict[str, Any]:
         run = self._opened
         spec = run.spec
         self._drop_replica()  # the proof's model takes its place in memory
@@ -366,13 +401,17 @@ class Trainer:
         Args:
             task: the lease, and the version to start from, at which the replica must be.
             blocks: files of the lease's blocks, in its order.
-            on_progress: gets ``{"step", "steps", "loss", "tokens_per_second"}``.
+            on_progress: gets ``{"step", "steps", "loss", "tokens_per_second"}``, and ``{"fell":
+                {"before", "after"}}`` when memory ran out and a smaller recipe took over: what was
+                trained goes on.
             should_stop: asked between steps.
 
         Raises:
             UnavailableError: code ``"stopped"``; the same call again carries on.
             StateError: code ``"lease-unsettled"``: settle the lease before this one first.
             ProtocolError: the task is not for this run, version or corpus.
+            CapacityError: code ``"out-of-memory"``: there is no smaller recipe to fall to. The
+                work is kept.
         """
         run = self._opened
         done = run.work.state.done
@@ -403,24 +442,57 @@ class Trainer:
                 code="no-corpus",
             )
         self._reader(base)  # a damaged replica is found before anything is loaded
-        drop_damaged(run.work, run.manifest, self._built())
-        job = LeaseJob(
-            spec=run.spec,
-            manifest=run.manifest,
-            work=run.work,
-            replica=self._built(),
-            base=base,
-            task=task,
-            sequences=Sequences(run.spec, run.corpus, task.lease, blocks),
-            checkpoint_seconds=self._checkpoint_seconds,
-        )
+        sequences = Sequences(run.spec, run.corpus, task.lease, blocks)
+        while True:
+            try:
+                drop_damaged(run.work, run.manifest, self._built())
+                job = LeaseJob(
+                    spec=run.spec,
+                    manifest=run.manifest,
+                    work=run.work,
+                    replica=self._built(),
+                    base=base,
+                    task=task,
+                    sequences=sequences,
+                    checkpoint_seconds=self._checkpoint_seconds,
+                )
+                return self._result(run_lease(job, on_progress, should_stop))
+            except TalkootError as err:
+                if err.code in {"non-finite-loss", "not-finite"}:
+                    run.work.drop_checkpoint()
+                    run.work.sweep()
+                raise
+            except Exception as err:
+                if not is_out_of_memory(err):
+                    raise
+                self._fall(err, task.lease.lease_id, on_progress)
+
+    def _fall(self, err: Exception, lease_id: str | None, on_progress: Progress) -> None:
+        """Give up all memory and take the next smaller recipe, for good.
+
+        Raises :class:`CapacityError` when there is none.
+        """
+        traceback.clear_frames(err.__traceback__)
+        self._drop_replica()
+        return_free_memory()
+        kind = self._device.type
+        if kind != "cpu":
+            torch.accelerator.empty_cache()
+        work, before = self._opened.work, self._recipe
         try:
-            return self._result(run_lease(job, on_progress, should_stop))
-        except TalkootError as err:
-            if err.code in {"non-finite-loss", "not-finite"}:
-                run.work.drop_checkpoint()
-                run.work.sweep()
-            raise
+            after = next_after(self._recipes, before, len(work.state.falls), kind)
+        except CapacityError as last:
+            raise last from err
+        checkpoint = work.checkpoint if lease_id is not None else None
+        fall = Fall(
+            before=before.name,
+            after=after.name,
+            lease_id=lease_id,
+            step=checkpoint.step if checkpoint is not None else 0,
+        )
+        work.commit(work.state.model_copy(update={"falls": (*work.state.falls, fall)}))
+        self._recipe = after
+        on_progress({"fell": {"before": before.name, "after": after.name}})
 
     def share_memory(self, other: Trainer) -> None:
         """Use the replica that ``other`` (same run, recipe and device) has in memory.

@@ -8,19 +8,22 @@ whose kernels are deterministic (the CPU with a fixed number of threads).
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from talkoot.client.trainer.falls import is_out_of_memory
 from talkoot.client.trainer.tensors import load_tensors, open_tensors, save_tensors
 from talkoot.client.trainer.workdir import Checkpoint, LeaseResult, Moments, Published, WorkDir
 from talkoot.protocol import faults
 from talkoot.protocol.artifacts import sha256_file
 from talkoot.protocol.codec import EncodedTensor, encode_with_feedback
-from talkoot.protocol.errors import UnavailableError
+from talkoot.protocol.errors import ProtocolError, StateError, UnavailableError
 from talkoot.protocol.manifest import Manifest
 from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.payload import write_payload
+from talkoot.protocol.recipes import Recipe
 from talkoot.protocol.replica import Replica, rounding_seed
 from talkoot.protocol.schedule import learning_rate, lease_position
 from talkoot.protocol.sequences import Sequences
@@ -89,21 +92,21 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
     """All inner steps; returns the checkpoint of the last one, which is on disk."""
     task, sequences, replica = job.task, job.sequences, job.replica
     checkpoint = job.work.checkpoint
-    wanted = (task.lease.lease_id, job.base.digest, sequences.steps, replica.recipe.name)
+    wanted = (task.lease.lease_id, job.base.digest, sequences.steps)
     if checkpoint is not None and wanted != (
         checkpoint.lease_id,
         checkpoint.base_digest,
         checkpoint.steps,
-        checkpoint.moments.recipe,
     ):
-        # Of a lease that was given up, of another base, or of a recipe that holds other tensors.
+        # Of a lease that was given up, or of another base.
         job.work.drop_checkpoint()
         checkpoint = None
     if checkpoint is None:
         replica.load_weights(WeightsReader(job.work.path(job.base.file), job.manifest).get)
     else:
         local = job.work.path(checkpoint.local)
-        replica.load_weights(open_tensors(local, replica.weights()))
+        # Whatever recipe has written it: all have the same tensors, in fp32 or bf16.
+        replica.load_weights(open_tensors(local, replica.weights(), cast=True))
     kept = None if task.fresh_state else job.work.state.moments
     moments = kept if checkpoint is None else checkpoint.moments
     _load_moments(job, moments)
@@ -131,6 +134,8 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
         job.work.save_checkpoint(saved)
         return saved
 
+    phase = ["forward"]
+    replica.on_phase = lambda name: phase.__setitem__(0, name)
     progress = _Progressor(job, on_progress, step)
     device = replica.device
     saved_at = time.monotonic()
@@ -147,7 +152,14 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
         tokens = sequences.tokens_after(step + 1)
         position = lease_position(task.tokens_before, task.tokens_round, tokens, sequences.tokens)
         began = time.monotonic()
-        loss = replica.step(ids, learning_rate(job.spec.inner, position))
+        try:
+            loss = replica.step(ids, learning_rate(job.spec.inner, position))
+        except Exception as err:
+            if is_out_of_memory(err) and weights_are_whole(replica.recipe, phase[0]):
+                # What holds activations goes first: saving takes some memory, too.
+                traceback.clear_frames(err.__traceback__)
+                save_if_there_is_room(save)
+            raise
         now = time.monotonic()
         seconds += now - began
         loss_sum += loss * ids.shape[0]
@@ -160,13 +172,34 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
     return checkpoint
 
 
+def weights_are_whole(recipe: Recipe, phase: str) -> bool:
+    """Whether a step that broke off in ``phase`` has not touched the weights yet."""
+    return phase == "forward" or (phase == "backward" and recipe.gradients != "in-backward")
+
+
+def save_if_there_is_room(save: Callable[[], Checkpoint]) -> None:
+    """Keep the steps since the last checkpoint, if memory allows it."""
+    try:
+        save()
+    except Exception as err:
+        if not is_out_of_memory(err):
+            raise
+
+
 def _load_moments(job: LeaseJob, moments: Moments | None) -> None:
-    """The state from before; zeros when there is none, or when it is another recipe's."""
+    """The state from before; zeros when there is none, or when it is that of a recipe which holds
+    other tensors (in few bits, factored) and not the same ones in another float."""
     replica = job.replica
-    if moments is not None and moments.recipe == replica.recipe.name:
-        load_tensors(job.work.path(moments.file), replica.state())
-        replica.steps = moments.steps
-        return
+    if moments is not None:
+        mine = moments.recipe == replica.recipe.name
+        try:
+            load_tensors(job.work.path(moments.file), replica.state(), cast=not mine)
+        except (ProtocolError, StateError):
+            if mine:
+                raise
+        else:
+            replica.steps = moments.steps
+            return
     for _, tensor in replica.state():
         tensor.zero_()
     replica.steps = 0

@@ -35,9 +35,10 @@ def drop_damaged(work: WorkDir, manifest: Manifest, replica: Replica) -> None:
         log.warning("damaged, and begun anew: %s", ", ".join(changes))
         work.commit(state.model_copy(update=changes))
     checkpoint = work.checkpoint
-    if checkpoint is None or checkpoint.moments.recipe != replica.recipe.name:
+    if checkpoint is None:
         return
-    whole = _opens(lambda: open_tensors(work.path(checkpoint.local), replica.weights()))
+    other = checkpoint.moments.recipe != replica.recipe.name
+    whole = _opens(lambda: open_tensors(work.path(checkpoint.local), replica.weights(), cast=other))
     if not whole or not _moments(work, checkpoint.moments, replica):
         log.warning("the checkpoint is damaged: lease %s begins anew", checkpoint.lease_id)
         work.drop_checkpoint()

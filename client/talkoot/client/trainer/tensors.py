@@ -25,6 +25,8 @@ _NAMES: Final = {
     torch.uint8: "U8",
     torch.int64: "I64",
 }
+_DTYPES: Final = {name: dtype for dtype, name in _NAMES.items()}
+_FLOATS: Final = {"F32": torch.float32, "BF16": torch.bfloat16}
 Named = Sequence[tuple[str, Tensor]]
 
 
@@ -51,8 +53,11 @@ def save_tensors(path: Path, tensors: Named) -> None:
         raise explain_os_error(err, "saving the replica", path) from err
 
 
-def open_tensors(path: Path, like: Named) -> Callable[[str], Tensor]:
+def open_tensors(path: Path, like: Named, *, cast: bool = False) -> Callable[[str], Tensor]:
     """Check that ``path`` holds tensors like these; returns what reads one by name, on the CPU.
+
+    With ``cast`` a tensor may be fp32 where bf16 is wanted, and the other way round: what another
+    recipe has written.
 
     Raises :class:`ProtocolError` (code ``"state-malformed"``) when it does not, and
     :class:`StateError` when it cannot be read.
@@ -64,20 +69,25 @@ def open_tensors(path: Path, like: Named) -> Callable[[str], Tensor]:
     file = TensorFile(path, positions, size_cap=2 * size + MAX_ARTIFACT, code="state-malformed")
     for position, (name, tensor) in enumerate(tensors.items()):
         expected = _entry(name, tensor)
-        got = Entry(name, file.dtypes[position], file.shapes[position], file.span(name)[1])
-        if got != expected:
+        dtype, length = file.dtypes[position], file.span(name)[1]
+        if cast and {dtype, expected.dtype} <= _FLOATS.keys():
+            size = tensor.numel() * _FLOATS[dtype].itemsize
+            expected = Entry(name, dtype, expected.shape, size)
+        if Entry(name, dtype, file.shapes[position], length) != expected:
             raise file.wrong_entry(name, f"is not {expected.dtype} {expected.shape}")
 
     def get(name: str) -> Tensor:
         like = tensors[name]
-        return torch.from_numpy(file.read(name)).view(like.dtype).reshape(like.shape)
+        dtype = _DTYPES[file.dtypes[positions[name]]]
+        held = torch.from_numpy(file.read(name)).view(dtype).reshape(like.shape)
+        return held.to(like.dtype)
 
     return get
 
 
 @torch.no_grad()
-def load_tensors(path: Path, into: Named) -> None:
-    """Copy the file's tensors into ``into``. Raises as :func:`open_tensors` does."""
-    get = open_tensors(path, into)
+def load_tensors(path: Path, into: Named, *, cast: bool = False) -> None:
+    """Copy the file's tensors into ``into``. As :func:`open_tensors` in all else."""
+    get = open_tensors(path, into, cast=cast)
     for name, tensor in into:
         tensor.copy_(get(name))

@@ -37,6 +37,7 @@ from talkoot.protocol.messages import (
 )
 
 FileName = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,100}\.safetensors$")]
+RecipeName = Annotated[str, Field(max_length=64)]
 PAYLOAD: Final = "payload.safetensors"
 _POINTER_CAP: Final = 64 * limits.KIB
 
@@ -54,8 +55,19 @@ class Moments(Message):
 
     file: FileName
     steps: Count
-    recipe: Annotated[str, Field(max_length=64)] = "fp32-adamw"
+    recipe: RecipeName = "fp32-adamw"
     """Whose state it is."""
+
+
+class Fall(Message):
+    """Memory ran out, and the node went on with a smaller recipe."""
+
+    before: RecipeName
+    after: RecipeName
+    lease_id: LeaseId | None
+    """None: in a proof."""
+    step: Count
+    """Of the lease's steps, those that were kept."""
 
 
 class LeaseResult(Message):
@@ -82,6 +94,8 @@ class State(Message):
     """Error feedback, fp32, in the manifest's shapes; ``None`` is all zeros."""
     moments: Moments | None = None
     done: LeaseResult | None = None
+    falls: Annotated[tuple[Fall, ...], Field(max_length=64)] = ()
+    """Since the node was given the recipe that it began with; the first one's ``before``."""
 
 
 class Checkpoint(Message):
