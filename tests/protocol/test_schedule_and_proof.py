@@ -4,12 +4,20 @@ import hashlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from talkoot.protocol import recipes
 from talkoot.protocol.errors import ProtocolError
 from talkoot.protocol.messages import InnerSpec
-from talkoot.protocol.proof import proof_tokens
+from talkoot.protocol.model import preset
+from talkoot.protocol.proof import (
+    proof_result,
+    proof_tokens,
+    sketch_distance,
+    sketch_tolerance,
+)
 from talkoot.protocol.schedule import learning_rate, lease_position
 
 SPEC = InnerSpec(
@@ -85,3 +93,32 @@ def test_a_proof_over_its_caps_is_refused_before_anything_is_drawn() -> None:
             )
     with pytest.raises(ProtocolError, match="nonce"):
         proof_tokens("xyz", steps=1, micro_batch=1, sequence_length=8, vocabulary=260)
+
+
+def test_the_fingerprint_tells_the_steps_that_were_done_from_others_and_not_the_recipe() -> None:
+    torch.set_num_threads(1)
+
+    def sketch(
+        recipe: str, steps: int = 2, length: int = 64, nonce: str = "ab" * 16
+    ) -> list[float]:
+        done = proof_result(
+            preset("nano"),
+            nonce,
+            sequence_length=length,
+            micro_batch=2,
+            inner=InnerSpec(),
+            steps=steps,
+            recipe=recipes.get(recipe),
+        )
+        return done[1]
+
+    honest = sketch("fp32-adamw")
+    assert sketch("fp32-adamw") == honest
+    # What another kernel rounds differently is within the tolerance; what was skipped is not.
+    near = sketch_tolerance("fp32-adamw")
+    assert sketch_distance(sketch("fp32-backward-adamw8"), honest) < near / 2
+    assert sketch_distance(sketch("amp-adamw"), honest) < near / 2
+    assert sketch_distance(sketch("fp32-adamw", steps=1), honest) > 0.4 > near
+    assert sketch_distance(sketch("fp32-adamw", length=32), honest) > 0.4
+    assert sketch_distance(sketch("fp32-adamw", nonce="cd" * 16), honest) > 0.4
+    assert sketch_distance([], honest) == 1.0

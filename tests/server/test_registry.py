@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from talkoot.protocol.errors import (
 from talkoot.protocol.identity import NodeKey, load_certificate, load_public_key, verify
 from talkoot.protocol.messages import NodeReport, Verdict, VersionStatement
 from talkoot.protocol.model import parse_config
-from talkoot.protocol.proof import proof_loss
+from talkoot.protocol.proof import proof_result
 from talkoot.server.admission import judge_proof
 from talkoot.server.ledger.schema import Event, Invite, Node, NodeState, ProofRecord
 from talkoot.server.registry import find_node
@@ -64,24 +65,31 @@ def report(**changes: object) -> NodeReport:
     return NodeReport.model_validate({**fields, **changes})
 
 
-def true_loss(site: Site, nonce: str, recipe: str = "fp32-adamw") -> float:
+def true_result(
+    site: Site, nonce: str, recipe: str = "fp32-adamw", steps: int = 2
+) -> tuple[float, list[float]]:
     spec = site.coordinator.spec
     config = parse_config(site.coordinator.store.path(spec.model.digest).read_bytes())
-    return proof_loss(
+    return proof_result(
         config,
         nonce,
         sequence_length=spec.sequence_length,
         micro_batch=spec.micro_batch,
-        steps=2,
+        steps=steps,
         inner=spec.inner,
         recipe=recipes.get(recipe),
     )
 
 
+def truth(site: Site, nonce: str, recipe: str = "fp32-adamw") -> dict[str, object]:
+    loss, sketch = true_result(site, nonce, recipe)
+    return {"loss": loss, "sketch": tuple(sketch)}
+
+
 def prove(site: Site, node_id: str, **changes: object) -> Verdict:
     """A whole proof, as an honest node makes it but for ``changes``."""
     nonce = site.registry.challenge(node_id).nonce
-    fields = {"loss": true_loss(site, nonce), **changes}
+    fields = {**truth(site, nonce), **changes}
     return site.registry.prove(node_id, site.proof(node_id, nonce, **fields))
 
 
@@ -238,8 +246,8 @@ def test_a_proof_is_recomputed_by_the_recipe_that_it_names(site: Site) -> None:
     node_id, _ = site.enrol()
     nonce = site.registry.challenge(node_id).nonce
     # Proofs draw bf16 weights in bf16, so the two recipes do not begin alike.
-    loss = true_loss(site, nonce, "bf16-backward-adamw8")
-    signed = site.proof(node_id, nonce, loss=loss, recipe="bf16-backward-adamw8")
+    claim = truth(site, nonce, "bf16-backward-adamw8")
+    signed = site.proof(node_id, nonce, recipe="bf16-backward-adamw8", **claim)
     assert site.registry.prove(node_id, signed).accepted
     other, _ = site.enrol()
     nonce = site.registry.challenge(other).nonce
@@ -248,10 +256,29 @@ def test_a_proof_is_recomputed_by_the_recipe_that_it_names(site: Site) -> None:
     assert refused.value.code == "unknown-recipe"
 
 
+def test_a_prover_that_guesses_the_loss_or_skips_a_step_is_found_by_the_fingerprint(
+    site: Site,
+) -> None:
+    guess = math.log(260)  # of a model of bytes that knows nothing
+    node_id, _ = site.enrol()
+    nothing = prove(site, node_id, loss=guess, sketch=())
+    assert (nothing.accepted, nothing.code) == (False, "wrong-fingerprint")
+    assert "prove again, with nothing skipped" in nothing.sentence
+    assert prove(site, node_id, loss=guess, sketch=(1.0,) * 64).code == "wrong-fingerprint"
+    nonce = site.registry.challenge(node_id).nonce
+    _, half = true_result(site, nonce, steps=1)
+    claim = {**truth(site, nonce), "sketch": tuple(half)}
+    assert site.registry.prove(node_id, site.proof(node_id, nonce, **claim)).code == (
+        "wrong-fingerprint"
+    )
+    assert site.node(node_id).status == "refused"
+    assert prove(site, node_id).accepted
+
+
 def test_a_challenge_is_good_for_one_proof(site: Site) -> None:
     node_id, _ = site.enrol()
     nonce = site.registry.challenge(node_id).nonce
-    signed = site.proof(node_id, nonce, loss=true_loss(site, nonce))
+    signed = site.proof(node_id, nonce, **truth(site, nonce))
     assert site.registry.prove(node_id, signed).accepted
     assert site.registry.prove(node_id, signed).code == "stale-proof"
     assert site.node(node_id).status == "admitted", "a replay takes nothing away"
@@ -282,7 +309,7 @@ def test_a_proof_of_another_node_run_or_key_is_refused(site: Site) -> None:
 def test_a_ban_while_a_proof_is_judged_stands(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     node_id, _ = site.enrol()
     nonce = site.registry.challenge(node_id).nonce
-    signed = site.proof(node_id, nonce, loss=true_loss(site, nonce))
+    signed = site.proof(node_id, nonce, **truth(site, nonce))
 
     def judged_while_the_operator_bans(*args: Any, **kwargs: Any) -> Verdict:
         verdict = judge_proof(*args, **kwargs)
@@ -358,7 +385,7 @@ def test_an_approval_that_flower_does_not_answer_leaves_the_old_ban(site: Site) 
 def test_a_stale_proof_does_not_cost_a_node_its_standing(site: Site) -> None:
     node_id, _ = site.enrol()
     nonce = site.registry.challenge(node_id).nonce
-    signed = site.proof(node_id, nonce, loss=true_loss(site, nonce))
+    signed = site.proof(node_id, nonce, **truth(site, nonce))
     assert site.registry.prove(node_id, signed).accepted
     site.registry.prove(node_id, signed)
     site.registry.ban(node_id, "A mistake.")

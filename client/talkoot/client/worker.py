@@ -322,6 +322,7 @@ class Worker:
                 recipe=done["recipe"],
                 steps=challenge.steps,
                 loss=done["loss"],
+                sketch=tuple(done["sketch"]),
                 peak_bytes=done["peak_bytes"],
                 predicted_bytes=done["predicted_bytes"],
                 tokens_per_second=done["tokens_per_second"],

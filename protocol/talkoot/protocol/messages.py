@@ -323,6 +323,8 @@ class Proof(Message):
     steps: Annotated[int, Field(ge=1, le=64)]
     loss: Finite
     """Mean loss over the steps, which the coordinator can recompute for a small model."""
+    sketch: Annotated[tuple[Finite, ...], Field(max_length=64)] = ()
+    """Fingerprint of what the steps changed (``proof.py``): recomputed as the loss is."""
     peak_bytes: Count
     """Peak device memory of the steps (on a CPU node: of the training process)."""
     predicted_bytes: Count

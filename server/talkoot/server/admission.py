@@ -23,6 +23,7 @@ from talkoot.protocol.planner.choose import (
     table,
     ways_to_fit,
 )
+from talkoot.protocol.proof import sketch_distance, sketch_tolerance
 
 CHECKED_BYTES: Final = 2**30
 """Weights from here on must show in a proof's peak: a CPU process may reuse less than that."""
@@ -115,6 +116,7 @@ def judge_proof(
     ratio: Ratio = as_predicted,
     nonce: str | None,
     expected_loss: float | None,
+    expected_sketch: Sequence[float] | None = None,
 ) -> Verdict:
     """Whether a proof admits its node.
 
@@ -124,6 +126,7 @@ def judge_proof(
         nonce: the node's open challenge, or None when there is none.
         expected_loss: the loss that the coordinator computed for the same nonce, or None when the
             model is too large for it to recompute.
+        expected_sketch: the fingerprint of the same steps; None: it is not looked at.
     """
     if nonce is None or proof.nonce != nonce:
         return stale_proof()
@@ -159,6 +162,18 @@ def judge_proof(
                 sentence=(
                     f"The proof's loss {proof.loss:.4f} is not the {expected_loss:.4f} that the "
                     "same steps give here: the node's software or hardware computes wrongly."
+                ),
+            )
+    if expected_sketch is not None:
+        distance = sketch_distance(proof.sketch, expected_sketch)
+        if distance > sketch_tolerance(proof.recipe):
+            return Verdict(
+                accepted=False,
+                code="wrong-fingerprint",
+                sentence=(
+                    f"The proof's steps changed the weights otherwise than the same steps do here "
+                    f"(distance {distance:.2f}): they were not all done, or not under "
+                    f"{proof.recipe}; prove again, with nothing skipped."
                 ),
             )
     measured = f"{format_size(proof.peak_bytes)} at peak, {proof.tokens_per_second:,.0f} tokens/s"

@@ -348,13 +348,15 @@ class Registry:
         proof = verify(signed, "Proof", load_public_key(pem.encode("ascii")), Proof)
         if proof.node_id != node_id or proof.run_id != self.coordinator.run_id:
             raise RefusedError("The proof is for another node or run.", code="wrong-proof")
+        expected = self._expected(proof) if proof.nonce == nonce else None
         verdict = judge_proof(
             self.policy,
             proof,
             self.needs(),
             ratio=self.ratio(proof.capability),
             nonce=nonce,
-            expected_loss=self._expected_loss(proof) if proof.nonce == nonce else None,
+            expected_loss=expected[0] if expected is not None else None,
+            expected_sketch=expected[1] if expected is not None else None,
         )
         if verdict.code == "awaits-approval" and approved:
             verdict = Verdict(accepted=True, code="admitted", sentence="Admitted by the operator.")
@@ -393,13 +395,14 @@ class Registry:
                 note(session, node.status, f"{node.name}: {verdict.sentence}")
         return verdict
 
-    def _expected_loss(self, proof: Proof) -> float | None:
+    def _expected(self, proof: Proof) -> tuple[float, list[float]] | None:
+        """Loss and fingerprint of the same steps here; None for a model that is too large."""
         spec = self.coordinator.spec
         limit = self.coordinator.config.admission.check_proof_up_to_parameters
         if spec.model_parameters > limit:
             return None
         from talkoot.protocol.model import parse_config
-        from talkoot.protocol.proof import proof_loss
+        from talkoot.protocol.proof import proof_result
 
         # By the same recipe: what bf16 does to a loss is then no reason to doubt a node.
         recipe = recipes_of(spec.adapter is not None).get(proof.recipe)
@@ -409,7 +412,7 @@ class Registry:
                 code="unknown-recipe",
             )
         config = parse_config(self.coordinator.store.path(spec.model.digest).read_bytes())
-        return proof_loss(
+        return proof_result(
             config,
             proof.nonce,
             sequence_length=spec.sequence_length,

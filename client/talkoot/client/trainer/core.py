@@ -226,8 +226,9 @@ class Trainer:
         When memory runs out it begins again with the next smaller recipe, and ``on_progress`` gets
         ``{"fell": {"before", "after"}}``.
 
-        ``{"loss", "losses", "steps", "peak_bytes", "predicted_bytes", "tokens_per_second",
-        "recipe"}``. Speed is that of the steps after the first, which pays for warming up.
+        ``{"loss", "losses", "sketch", "steps", "peak_bytes", "predicted_bytes",
+        "tokens_per_second", "recipe"}``. Speed is that of the steps after the first, which pays
+        for warming up.
 
         Raises:
             CapacityError: code ``"out-of-memory"``: it does not fit under any.
@@ -245,6 +246,7 @@ class Trainer:
         spec = run.spec
         self._drop_replica()  # the proof's model takes its place in memory
         losses: list[float] = []
+        mark: list[float] = []
         times = [time.monotonic()]
         with PeakMeter(self._device) as meter:
             for loss in proof_steps(
@@ -257,6 +259,7 @@ class Trainer:
                 recipe=self._recipe,
                 adapter=spec.adapter,
                 device=self._device,
+                mark=mark,
             ):
                 losses.append(loss)
                 times.append(time.monotonic())
@@ -269,6 +272,7 @@ class Trainer:
         return {
             "loss": math.fsum(losses) / steps,
             "losses": losses,
+            "sketch": mark,
             "steps": steps,
             "peak_bytes": meter.peak_bytes,
             "predicted_bytes": plan.allocated_bytes if on_cpu else plan.device_bytes,
