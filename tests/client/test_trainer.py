@@ -346,7 +346,13 @@ def test_updates_bring_the_replica_to_the_digest_of_everybody(
     assert mismatch.value.code == "updates-mismatch"
 
     late = opened(run, tmp_path / "late")
-    assert late.state() == {"version": None, "weights_digest": None, "lease": None}
+    assert late.state() == {
+        "version": None,
+        "weights_digest": None,
+        "lease": None,
+        "recipe": "fp32-adamw",
+        "falls": 0,
+    }
     assert late.sync(2, second, (0, run.weights), [update, update])["version"] == 2
     assert late.verify()["weights_digest"] == second
     with pytest.raises(ProtocolError) as stale:
