@@ -115,6 +115,7 @@ def test_a_config_that_could_load_code_from_elsewhere_is_refused_at_any_depth(ke
         ({"model_type": None}, "model_type"),
         ({"num_hidden_layers": 10**6}, "over"),
         ({"hidden_size": 10**12}, "out of range"),
+        ({"model_type": {}}, "model_type"),
         ({"hidden_size": 10**400}, "out of range"),
         ({"rms_norm_eps": float("inf")}, "out of range"),
         ({"rms_norm_eps": float("nan")}, "out of range"),

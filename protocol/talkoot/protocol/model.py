@@ -233,7 +233,7 @@ def check_config(config: object) -> dict[str, Any]:
         raise _bad("it is not a JSON object")
     _check_value("config", config, 0)
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise _bad(f"model_type {family!r} is not one of {', '.join(sorted(FAMILIES))}")
     return config
 
