@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,18 @@ def test_presets_have_the_published_numbers_of_parameters() -> None:
     assert {
         name: count_parameters(preset(name)) for name in PUBLISHED_PARAMETERS
     } == PUBLISHED_PARAMETERS
+
+
+def test_threads_that_build_at_once_get_the_weights_of_their_own_seeds() -> None:
+    config = preset("nano")
+
+    def drawn(seed: int) -> bytes:
+        model = build_model(config, seed=seed, device="cpu")
+        return b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+
+    alone = [drawn(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(drawn, range(8))) == alone
 
 
 def test_building_leaves_the_random_state_of_the_caller_alone() -> None:

@@ -30,7 +30,7 @@ from talkoot.protocol.errors import (
 )
 from talkoot.protocol.files import DirectoryLock
 from talkoot.protocol.messages import NodeReportReply
-from talkoot.protocol.refusals import printable
+from talkoot.protocol.refusals import printable_lines
 
 if TYPE_CHECKING:
     from talkoot.client.flower import FleetHost
@@ -284,7 +284,7 @@ class Daemon:
             self._tell("The run is finished. Thank you! Staying online; Ctrl-C ends.")
 
     def _tell(self, sentence: str) -> None:
-        sentence = printable(sentence)  # it may be the coordinator's
+        sentence = printable_lines(sentence)  # it may be the coordinator's
         if sentence != self._last_told:
             self._last_told = sentence
             self._say(sentence)

@@ -58,7 +58,7 @@ from talkoot.protocol.messages import (
     canonical_bytes,
     parse,
 )
-from talkoot.protocol.refusals import printable
+from talkoot.protocol.refusals import printable_lines
 
 TIMEOUT: Final = httpx.Timeout(30.0, connect=10.0)  # seconds
 TOTAL_SECONDS: Final = 60.0
@@ -297,7 +297,7 @@ def _refusal(invite: Invite, status: int, body: bytes) -> Exception:
             )
         return _not_talkoot(invite)
     # A stranger's words, on somebody's terminal: no escape sequences.
-    sentence = printable(refusal.sentence)
+    sentence = printable_lines(refusal.sentence)
     if status == 426:
         return VersionError(sentence, code=refusal.code)
     if status == 429 or status >= 500:

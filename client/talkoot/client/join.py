@@ -23,7 +23,7 @@ from talkoot.protocol.identity import NodeKey
 from talkoot.protocol.invite import Invite
 from talkoot.protocol.memory import format_size
 from talkoot.protocol.messages import Capability
-from talkoot.protocol.refusals import AWAITS_APPROVAL, printable
+from talkoot.protocol.refusals import AWAITS_APPROVAL, printable_lines
 
 Say = Callable[[str], None]
 
@@ -84,10 +84,10 @@ def _prepare_supernode(home: Home, trainer: TrainerHost, say: Say) -> None:
         worker.prepare()
         reply = worker.report(leaving=True)
         if reply.status not in ("proving", "refused"):
-            say(printable(reply.sentence))
+            say(printable_lines(reply.sentence))
         while reply.status in ("proving", "refused"):
             verdict = worker.prove()
-            say(printable(verdict.sentence))
+            say(printable_lines(verdict.sentence))
             if not verdict.accepted and verdict.code not in ("awaits-approval", "stale-proof"):
                 raise CapacityError(verdict.sentence, code=verdict.code)
             reply = worker.report(leaving=True)

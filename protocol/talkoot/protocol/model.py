@@ -8,6 +8,7 @@ and transformers are imported inside the functions that need them.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -277,6 +278,11 @@ def _instantiate(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
+_BUILDING: Final = threading.Lock()
+"""The generator that weights are drawn from, and transformers' switches, are the process's: two
+models built by two threads at once would each get some of the other's random numbers."""
+
+
 def build_model(
     config: dict[str, Any],
     *,
@@ -300,10 +306,23 @@ def build_model(
         ProtocolError: the config is refused, or transformers cannot build it.
     """
     import torch
-    from transformers.initialization import no_init_weights
 
     check_config(config)
-    kind = torch.float32 if dtype is None else dtype
+    with _BUILDING:
+        model = _build(config, seed, torch.float32 if dtype is None else dtype, meta)
+    where = torch.device(device)
+    if where.type != "cpu" and not meta:  # fake tensors, on the CPU, cannot be moved at all
+        model = model.to(where)
+    return model.train()
+
+
+def _build(
+    config: dict[str, Any], seed: int | None, kind: torch.dtype, meta: bool
+) -> torch.nn.Module:
+    """On the CPU, or of no memory."""
+    import torch
+    from transformers.initialization import no_init_weights
+
     try:
         # First without memory: a size is checked before anything is allocated for it.
         with torch.device("meta"):
@@ -312,25 +331,21 @@ def build_model(
         if parameters > limits.MAX_PARAMETERS:
             raise _bad(f"{parameters} parameters are over the cap of {limits.MAX_PARAMETERS}")
         if meta:
-            return outline.train()
+            return outline
         if seed is None:
             with no_init_weights():
                 model = _instantiate(config, kind)
             # Tying is part of the initialisation that was skipped.
             model.tie_weights()  # type: ignore[operator]  # a method of PreTrainedModel
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
-                model = _instantiate(config, kind)
+            return model
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return _instantiate(config, kind)
     except (TalkootError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as err:
         first_line = (str(err).strip() or type(err).__name__).splitlines()[0][:200]
         raise _bad(f"transformers cannot build it ({first_line})") from err
-    where = torch.device(device)
-    if where.type != "cpu":  # fake tensors, which are on the CPU, cannot be moved at all
-        model = model.to(where)
-    return model.train()
 
 
 def named_trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

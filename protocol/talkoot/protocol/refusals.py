@@ -110,5 +110,11 @@ def from_status(status: grpc.StatusCode, detail: str, *, peer: str) -> TalkootEr
 
 
 def printable(text: str) -> str:
-    """A peer's text without control characters but line ends: it will be shown in a terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+    """A peer's text as one line without control characters: it will be shown in a terminal."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """As :func:`printable`, line by line; all lines but the first are indented, so that none can
+    pass for a line of this program's own."""
+    return "\n  ".join(printable(line) for line in text.split("\n"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,10 @@ def test_comments_do_not_change_the_code_digest_and_an_unwritable_cache_is_no_er
     plan = plans.quick(preset("nano"), get("fp32-adamw"), **SIZES)
     plans.keep(plan, preset("nano"), **SIZES, codec=CodecSpec())
     assert plans.known(preset("nano"), get("fp32-adamw"), **SIZES) is None
+
+
+def test_many_threads_may_ask_for_the_codes_digest_at_once() -> None:
+    plans._code_digest.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: plans.code_digest(), range(16)))
+    assert len(set(found)) == 1

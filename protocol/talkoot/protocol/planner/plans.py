@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.resources import files
@@ -45,9 +46,19 @@ def config_digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(config_bytes(config)).hexdigest()
 
 
-@functools.cache
+_PARSING: Final = threading.Lock()
+"""CPython 3.11's ``ast.parse`` fails now and then when two threads are in it (SystemError,
+"recursion depth mismatch"), and a gateway enrols many nodes at once."""
+
+
 def code_digest() -> str:
     """Of what a plan depends on: the code (not its comments), torch and transformers."""
+    with _PARSING:
+        return _code_digest()
+
+
+@functools.cache
+def _code_digest() -> str:
     sha = hashlib.sha256()
     root = files("talkoot.protocol")
     for name in CODE:
