@@ -136,7 +136,7 @@ def test_a_registered_node_comes_online_and_goes_offline(
 ) -> None:
     host = _host(superlink, key)
     node_id = host.connect(1.0)
-    assert node_id == superlink.control.find_node(key.public_pem)
+    assert node_id == superlink.control.registered_nodes()[key.public_pem]
     assert _status(superlink, key) == "online"
     assert host.connect(1.0) == node_id  # harmless
     assert host.poll() is False  # nothing to do
@@ -198,7 +198,7 @@ def test_a_node_id_that_is_not_the_keys_is_replaced_by_the_one_that_is(
     other_id = superlink.register(other)
     host = _host(superlink, key, other_id)
     assert host._heartbeat(other_id) is False
-    assert host.connect(1.0) == superlink.control.find_node(key.public_pem)
+    assert host.connect(1.0) == superlink.control.registered_nodes()[key.public_pem]
     assert _status(superlink, other) != "online"
     host.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -78,6 +79,7 @@ def test_either_sides_disk_that_turns_read_only_is_told_and_the_run_goes_on_afte
     network = empty_network
     operators, adas = new_disk(network.state), new_disk(network.home("ada"))
     copy_state(network, tokens_per_node=2048)
+    os.sync()  # a real state has been on its disk for long
     network.serve()
     operator = network.coordinator
     assert operator is not None
@@ -86,10 +88,11 @@ def test_either_sides_disk_that_turns_read_only_is_told_and_the_run_goes_on_afte
     network.wait_for("a version", lambda s: s["version"] >= 1, 120)
 
     # A volunteer's: the daemon ends, since what it would do can't be kept.
-    ada = network.nodes.pop("ada")
+    ada = network.nodes["ada"]
     adas.fails()
     assert ada.process is not None
     assert ada.process.wait(60) == 1
+    network.nodes.pop("ada")
     assert "it is read-only for this user" in ada.said().splitlines()[-1]
     adas.repaired(network)
     network.rejoin("ada")

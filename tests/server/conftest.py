@@ -81,9 +81,9 @@ class FlowerRegister:
             return None
         return self.nodes.setdefault(public_key_pem, next(self._next))
 
-    def find_node(self, public_key_pem: bytes) -> int | None:
+    def registered_nodes(self) -> dict[bytes, int]:
         self._answer()
-        return self.nodes.get(public_key_pem)
+        return dict(self.nodes)
 
     def _answer(self) -> None:
         if self.down:

@@ -29,9 +29,11 @@ from talkoot.protocol.control import (
 )
 from talkoot.protocol.errors import RefusedError, UnavailableError
 from talkoot.protocol.identity import NodeKey
+from talkoot.server import flower
 from talkoot.server.flower import (
     _BUNDLE,
     ControlApi,
+    drop_damaged_bundles,
     superlink_command,
     superlink_environment,
 )
@@ -182,11 +184,11 @@ def test_the_superlink_keeps_its_database_where_we_say(superlink: LocalSuperLink
 
 def test_a_key_is_registered_once_and_found_again(control: ControlApi) -> None:
     pem = NodeKey.generate().public_pem
-    assert control.find_node(pem) is None
+    assert pem not in control.registered_nodes()
     node_id = control.register_node(pem, "ada")
     assert node_id is not None
     assert node_id > 0
-    assert control.find_node(pem) == node_id
+    assert control.registered_nodes()[pem] == node_id
     # The second time is told by "in use", which register_node turns into None.
     assert control.register_node(pem, "ada") is None
 
@@ -199,7 +201,7 @@ def test_a_key_that_was_unregistered_is_lost_to_flower_for_ever(control: Control
 
     control._call("UnregisterNode", UnregisterNodeRequest(node_id=node_id))
     # Neither found nor taken again. Whoever may come back must not be unregistered.
-    assert control.find_node(pem) is None
+    assert pem not in control.registered_nodes()
     assert control.register_node(pem, "ben") is None
 
 
@@ -332,3 +334,14 @@ def test_a_task_for_a_node_that_is_gone_does_not_stop_the_others(
 def test_a_grid_has_the_calls_that_the_round_loop_makes() -> None:
     for name in ("get_node_ids", "push_messages", "pull_messages"):
         assert callable(getattr(Grid, name, None)), f"Grid.{name} is gone"
+
+
+def test_a_bundle_that_was_torn_on_the_disk_is_removed_and_a_whole_one_kept(tmp_path: Path) -> None:
+    drop_damaged_bundles(tmp_path)  # nothing is there yet
+    whole, torn, empty = (tmp_path / "apps" / name for name in ("whole", "torn", "empty"))
+    for app in (whole, torn, empty):
+        app.mkdir(parents=True)
+    (whole / "pyproject.toml").write_bytes(flower._BUNDLE)
+    (torn / "pyproject.toml").write_bytes(b"")
+    drop_damaged_bundles(tmp_path)
+    assert list((tmp_path / "apps").iterdir()) == [whole]

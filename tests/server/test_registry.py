@@ -222,6 +222,22 @@ def test_a_coordinator_that_died_between_flower_and_the_ledger_enrols_the_node_a
     assert site.node(key.node_id).flower_node_id == str(number)
 
 
+def test_nodes_that_flower_has_forgotten_are_registered_anew_and_the_banned_are_not(
+    site: Site,
+) -> None:
+    kept, lost, banned = (site.enrol()[0] for _ in range(3))
+    before = site.node(kept).flower_node_id
+    site.registry.ban(banned, "Too loud.")
+    for node_id in (lost, banned):
+        del site.flower.nodes[site.node(node_id).public_key_pem.encode()]
+    assert site.registry.register_lost() == 1
+    assert site.node(kept).flower_node_id == before
+    pem = site.node(lost).public_key_pem.encode()
+    assert site.node(lost).flower_node_id == str(site.flower.nodes[pem])
+    assert site.node(banned).public_key_pem.encode() not in site.flower.nodes
+    assert site.registry.register_lost() == 0
+
+
 # Proof ----------------------------------------------------------------------
 
 

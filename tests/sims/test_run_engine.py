@@ -121,7 +121,7 @@ def test_real_training_lowers_the_held_out_loss_and_the_tables_say_who_did_what(
     assert first is not None
     assert last is not None
     assert last < first
-    assert whole.document["refused"][0][0].startswith("A replica of this model needs")
+    assert whole.document["refused"][0][0].startswith("No recipe for a replica of this model fits")
     header, *rows = whole.leases.read_text(encoding="utf-8").splitlines()
     assert header.startswith("round,attempt,node,population,attack,tokens,sent,fetched")
     accepted = sum(row.endswith(",accepted") for row in rows)

@@ -2,7 +2,8 @@
 
 A verdict that says no gives the lease back. What passes by itself (the owner's pause, Ctrl-C, an
 outage, a full disk) is no verdict: under the daemon, which goes on with the lease later, it comes
-out as the error that it is, and no reply is sent.
+out as the error that it is, and no reply is sent. So does a disk that turned read-only: the daemon
+ends with it, and goes on when it is started again.
 
 The same object runs in the daemon (``daemon.py``), under a stock ``flower-supernode`` (for small
 models: it starts a process per message) and in Flower's simulation engine. Where this node's home
@@ -28,7 +29,7 @@ app = ClientApp()
 @app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
 def train(message: Message, context: Context) -> Message:
     """Do the lease that the message carries; errors become a verdict with their sentence."""
-    from talkoot.client.worker import goes_on_later, worker_for
+    from talkoot.client.worker import goes_on_later, tell_given_back, worker_for
 
     try:
         record = message.content.config_records.get(TASK_RECORD)
@@ -46,6 +47,7 @@ def train(message: Message, context: Context) -> Message:
     except TalkootError as err:
         if goes_on_later(err):
             raise
+        tell_given_back(err)
         verdict = Verdict(accepted=False, code=err.code, sentence=err.sentence[:2000])
     answer = ConfigRecord({VERDICT_KEY: canonical_bytes(verdict).decode("ascii")})
     return Message(RecordDict({VERDICT_RECORD: answer}), reply_to=message)

@@ -74,6 +74,7 @@ REPLICA_DIFFERS = "replica-differs"
 MIRROR_LIST_SECONDS = 600.0
 """For so long a list of mirrors is good."""
 DISK_FULL = "disk-full"
+READ_ONLY = "read-only"
 """Of this machine, or of the coordinator's."""
 
 
@@ -706,10 +707,19 @@ def set_current(worker: Worker | None) -> None:
 
 
 def goes_on_later(err: TalkootError) -> bool:
-    """Whether a lease that ended with this error is kept, and taken up again by the daemon."""
+    """Whether a lease that ended with this error is kept, and taken up again by the daemon.
+
+    One whose disk has turned read-only ends first: its owner has to see to that.
+    """
     if _current is None or err.code == "trainer-died":  # that often, it is not worth waiting for
         return False
-    return isinstance(err, UnavailableError) or err.code == DISK_FULL
+    return isinstance(err, UnavailableError) or err.code in (DISK_FULL, READ_ONLY)
+
+
+def tell_given_back(err: TalkootError) -> None:
+    """Say at the daemon, if there is one, why a lease was given back."""
+    if _current is not None:
+        _current._say(f"The lease was given back: {err.sentence}")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import socket
 import sys
 import time
@@ -64,6 +65,21 @@ def superlink_environment(base: Mapping[str, str], flwr_home: Path) -> dict[str,
     env.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
     env["PYTHONUNBUFFERED"] = "1"
     return env
+
+
+def drop_damaged_bundles(flwr_home: Path) -> None:
+    """Remove what Flower has unpacked of our bundle and is not whole, so that it unpacks it anew.
+
+    It does not flush these files, and takes a directory that is there for whole: after a power cut
+    the run would end with "Invalid pyproject.toml" for ever.
+    """
+    for app in (flwr_home / "apps").glob("*"):
+        try:
+            whole = (app / "pyproject.toml").read_bytes() == _BUNDLE
+        except OSError:
+            whole = False
+        if not whole:
+            shutil.rmtree(app, ignore_errors=True)
 
 
 def superlink_command(
@@ -155,14 +171,15 @@ class ControlApi:
             raise
         return int(reply.node_id)
 
-    def find_node(self, public_key_pem: bytes) -> int | None:
-        """Flower's node id of a registered key."""
+    def registered_nodes(self) -> dict[bytes, int]:
+        """Flower's node ids of all registered keys."""
         from flwr.proto.control_pb2 import ListNodesRequest
 
-        for node in self._call("ListNodes", ListNodesRequest()).nodes_info:
-            if node.public_key == public_key_pem and node.status != "unregistered":
-                return int(node.node_id)
-        return None
+        return {
+            bytes(node.public_key): int(node.node_id)
+            for node in self._call("ListNodes", ListNodesRequest()).nodes_info
+            if node.status != "unregistered"
+        }
 
     def start_run(self) -> int:
         """Submit the bundle that names our ServerApp; returns Flower's run id."""

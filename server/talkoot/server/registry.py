@@ -90,8 +90,8 @@ class Register(Protocol):
         """Let a key take part; returns Flower's node id, or None if the key is known already."""
         ...
 
-    def find_node(self, public_key_pem: bytes) -> int | None:
-        """Flower's node id of a registered key."""
+    def registered_nodes(self) -> dict[bytes, int]:
+        """Flower's node ids of all registered keys."""
         ...
 
 
@@ -212,10 +212,40 @@ class Registry:
     def _register(self, pem: bytes, name: str) -> int:
         flower_node_id = self.control.register_node(pem, name)
         if flower_node_id is None:
-            flower_node_id = self.control.find_node(pem)
+            flower_node_id = self.control.registered_nodes().get(pem)
         if flower_node_id is None:
             raise UnavailableError("The SuperLink did not register the node: try again.")
         return flower_node_id
+
+    def register_lost(self) -> int:
+        """Register anew whom Flower's database has forgotten; returns how many those were.
+
+        Flower does not flush each commit of its database: a power cut takes the last registrations
+        with it, and a lost file takes them all. The ledger, which is flushed, knows every node.
+        """
+        known = self.control.registered_nodes()
+        with self.coordinator.ledger.read() as session:
+            query = select(Node.node_id, Node.name, Node.public_key_pem, Node.flower_node_id).where(
+                Node.flower_node_id.is_not(None), Node.status != "banned"
+            )
+            nodes = [
+                (row[0], row[1], row[2].encode("ascii"), row[3]) for row in session.execute(query)
+            ]
+        lost = 0
+        for node_id, name, pem, noted in nodes:
+            number = known.get(pem)
+            if number is None:
+                try:
+                    number = self.control.register_node(pem, name)
+                except RefusedError as err:
+                    log.warning("%s could not be registered anew: %s", node_id, err.sentence)
+                if number is None:
+                    continue  # unregistered by hand, say: such a key is lost to Flower for ever
+                lost += 1
+            if str(number) != noted:
+                with self.coordinator.ledger.write() as session:
+                    _node(session, node_id).flower_node_id = str(number)
+        return lost
 
     def _way_in(self, session: Session, token: str | None, node_id: str) -> _Way:
         node = session.get(Node, node_id)

@@ -33,10 +33,12 @@ from talkoot.server.ca import SERVER_DAYS
 from talkoot.server.coordinator import Coordinator
 from talkoot.server.flower import (
     ControlApi,
+    drop_damaged_bundles,
     quiet_environment,
     superlink_command,
     superlink_environment,
 )
+from talkoot.server.registry import Registry
 from talkoot.server.room import free_bytes, shortage
 from talkoot.server.setup import issue_loopback_certificate, issue_server_certificate
 from talkoot.server.trust import settle
@@ -185,6 +187,7 @@ class Supervisor:
             ),
         ]
         self._control = ControlApi(network.superlink_port, coordinator.loopback_ca_pem)
+        self._registry = Registry(coordinator, self._control)
         self._flower_run: int | None = None
         self._check_run = 0.0
         self._announced = False
@@ -280,6 +283,9 @@ class Supervisor:
                     f"{self._c.config.network.transfer_port}."
                 )
             if self._flower_run is None:
+                lost = self._registry.register_lost()
+                if lost:
+                    self._say(f"Flower's database had forgotten {lost} nodes: registered anew.")
                 # Runs that an earlier SuperLink process began have lost their ServerApp.
                 for run_id, (status, _, _) in runs.items():
                     if status != "finished":
@@ -295,6 +301,7 @@ class Supervisor:
                 _, sub_status, details = runs.get(self._flower_run, ("", "unknown", ""))
                 self._say(f"The round loop ended ({sub_status} {details}); submitting it again.")
             self._c.state.round_loop_pid.unlink(missing_ok=True)
+            drop_damaged_bundles(self._c.state.flower)
             self._flower_run = self._control.start_run()
         except TalkootError as err:
             log.warning("the round loop could not be submitted: %s", err.sentence)

@@ -103,9 +103,9 @@ class MemoryRegister:
             return None
         return self.nodes.setdefault(public_key_pem, next(iter(self._next)))
 
-    def find_node(self, public_key_pem: bytes) -> int | None:
-        """The id of a registered key."""
-        return self.nodes.get(public_key_pem)
+    def registered_nodes(self) -> dict[bytes, int]:
+        """The ids of all registered keys."""
+        return dict(self.nodes)
 
     def unregister_node(self, flower_node_id: int) -> None:
         """Forget a key, and never take it again."""

@@ -74,9 +74,9 @@ class Register:
         self.known[public_key_pem] = self.free.pop()
         return self.known[public_key_pem]
 
-    def find_node(self, public_key_pem: bytes) -> int | None:
-        """The one that a key was given."""
-        return self.known.get(public_key_pem)
+    def registered_nodes(self) -> dict[bytes, int]:
+        """Those that keys were given."""
+        return dict(self.known)
 
 
 class Site:
@@ -161,8 +161,7 @@ class Site:
                 certificate_pem=reply.certificate_pem,
                 coordinator_key_pem=reply.coordinator_key_pem,
             ).save(home.enrolment)
-        flower_id = self._register.find_node(key.public_pem)
-        assert flower_id is not None
+        flower_id = self._register.known[key.public_pem]
         link = self._layout.by_flower(flower_id)
         link.unlink(missing_ok=True)
         link.symlink_to(home.root)

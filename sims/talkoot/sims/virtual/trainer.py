@@ -115,7 +115,7 @@ class VirtualTrainer:
             device.spec = spec
         self._corpus = Path(given["corpus_path"])
         self._manifest = Manifest.from_bytes(Path(given["manifest_path"]).read_bytes())
-        return {"parameters": spec.parameters}
+        return {"parameters": spec.parameters, "recipe": self._profile.recipe, "falls": 0}
 
     def _train(self, task: RoundTask, blocks: Sequence[Path]) -> dict[str, Any]:
         profile = self._profile
