@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -35,6 +36,20 @@ def test_the_rate_warms_up_then_follows_a_cosine_to_its_final_ratio() -> None:
     assert learning_rate(SPEC, 10**9) == pytest.approx(1e-4)
 
 
+def test_with_wsd_the_rate_stays_at_its_peak_and_falls_in_a_straight_line_at_the_end() -> None:
+    spec = SPEC.model_copy(update={"schedule": "wsd", "decay_share": 0.2})
+    assert learning_rate(spec, 500) == pytest.approx(5e-4)
+    assert learning_rate(spec, 1000) == learning_rate(spec, 8800) == pytest.approx(1e-3)
+    assert learning_rate(spec, 9900) == pytest.approx(0.55e-3)
+    assert learning_rate(spec, 11_000) == pytest.approx(1e-4)
+    assert learning_rate(spec, 10**9) == pytest.approx(1e-4)
+
+
+def test_a_run_that_was_made_before_there_was_a_choice_follows_its_cosine() -> None:
+    written = SPEC.model_dump(exclude={"schedule", "decay_share"})
+    assert learning_rate(InnerSpec(**written), 6000) == pytest.approx(0.55e-3)
+
+
 def test_without_a_total_the_rate_stays_at_its_peak() -> None:
     assert learning_rate(InnerSpec(learning_rate=3e-4), 0) == 3e-4
     assert learning_rate(InnerSpec(learning_rate=3e-4), 10**12) == 3e-4
@@ -51,15 +66,24 @@ def test_a_total_inside_the_warm_up_is_not_divided_by() -> None:
     total=st.integers(0, 10**7),
     ratio=st.floats(0, 1),
     tokens=st.floats(0, 1e13),
+    schedule=st.sampled_from(["cosine", "wsd"]),
+    share=st.floats(0, 1, exclude_min=True),
 )
 def test_the_rate_is_always_between_zero_and_the_peak(
-    warmup: int, total: int, ratio: float, tokens: float
+    warmup: int,
+    total: int,
+    ratio: float,
+    tokens: float,
+    schedule: Literal["cosine", "wsd"],
+    share: float,
 ) -> None:
     spec = InnerSpec(
         learning_rate=1e-3,
         final_learning_rate_ratio=ratio,
         warmup_tokens=warmup,
         total_tokens=total,
+        schedule=schedule,
+        decay_share=share,
     )
     assert 0 <= learning_rate(spec, tokens) <= 1e-3 * (1 + 1e-12)
 

@@ -118,8 +118,12 @@ class InnerSpec(Message):
     warmup_tokens: Count = 0
     """Of the whole network; linear from zero."""
     total_tokens: Count = 0
-    """Cosine from the peak to its final ratio over this many tokens of the whole network; 0 is a
-    constant rate."""
+    """When the rate reaches its final ratio, in tokens of the whole network; 0: a constant rate."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """From warm-up to ``total_tokens``: half a cosine, or warm-up, stable, decay: the peak until
+    the last ``decay_share`` of the tokens, and a straight line down over those."""
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Of ``total_tokens``, with ``wsd``."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

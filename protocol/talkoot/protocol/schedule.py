@@ -14,9 +14,12 @@ from talkoot.protocol.messages import InnerSpec
 def learning_rate(spec: InnerSpec, tokens: float) -> float:
     """The rate at ``tokens`` tokens of the whole network.
 
-    Linear from zero over ``warmup_tokens``, then half a cosine down to ``learning_rate *
-    final_learning_rate_ratio`` at ``total_tokens``, and that value from there on (SGDR,
-    arXiv 1608.03983, eq. 5, one period). ``total_tokens`` of 0 keeps the peak for ever.
+    Linear from zero over ``warmup_tokens``, then down to ``learning_rate *
+    final_learning_rate_ratio`` at ``total_tokens``, and that value from there on: by half a cosine
+    (SGDR, arXiv 1608.03983, eq. 5, one period), or with ``wsd`` at the peak first and then by a
+    straight line over the last ``decay_share`` of ``total_tokens`` (MiniCPM, arXiv 2404.06395,
+    section 4; linear as in arXiv 2405.18392, section 3). ``total_tokens`` of 0 keeps the peak for
+    ever.
     """
     peak = spec.learning_rate
     if tokens < spec.warmup_tokens:
@@ -28,6 +31,9 @@ def learning_rate(spec: InnerSpec, tokens: float) -> float:
         return peak * spec.final_learning_rate_ratio
     progress = min((tokens - spec.warmup_tokens) / span, 1.0)
     ratio = spec.final_learning_rate_ratio
+    if spec.schedule == "wsd":
+        left = (spec.total_tokens - min(tokens, spec.total_tokens)) / spec.total_tokens
+        return peak * (ratio + (1.0 - ratio) * min(left / spec.decay_share, 1.0))
     return peak * (ratio + (1.0 - ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 

@@ -133,6 +133,14 @@ class RoundSection(_Section):
     """How many of those to keep; older ones go an hour after nothing refers to them."""
 
 
+class InnerSection(InnerSpec):
+    """The inner optimizer and its schedule; a run that is older than ``wsd`` keeps its cosine."""
+
+    schedule: Literal["cosine", "wsd"] = "wsd"
+    """From warm-up to ``total_tokens``: half a cosine, or warm-up, stable, decay: the peak until
+    the last ``decay_share`` of the tokens, and a straight line down over those."""
+
+
 class DownlinkSection(CodecSpec):
     """The codec of published updates: denser than the uplink's."""
 
@@ -270,7 +278,7 @@ class Config(_Section):
     tokenizer: TokenizerSection = TokenizerSection()
     corpus: CorpusSection = CorpusSection()
     round: RoundSection = RoundSection()
-    inner: InnerSpec = InnerSpec()
+    inner: InnerSection = InnerSection()
     outer: OuterSpec = OuterSpec()
     uplink: CodecSpec = CodecSpec()
     downlink: DownlinkSection = DownlinkSection()

@@ -19,7 +19,14 @@ from talkoot.protocol.corpus import MANIFEST, CorpusManifest
 from talkoot.protocol.errors import ConfigError, TalkootError
 from talkoot.protocol.files import DirectoryLock, explain_os_error, write_atomic
 from talkoot.protocol.identity import NodeKey
-from talkoot.protocol.messages import AdapterSpec, ArtifactRef, CodecSpec, RunSpec, canonical_bytes
+from talkoot.protocol.messages import (
+    AdapterSpec,
+    ArtifactRef,
+    CodecSpec,
+    InnerSpec,
+    RunSpec,
+    canonical_bytes,
+)
 from talkoot.server.ca import CertificateAuthority
 from talkoot.server.config import Config, NetworkSection, dump_config
 from talkoot.server.coordinator import note
@@ -128,7 +135,7 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
         parameters=manifest.parameters,
         sequence_length=config.model.sequence_length,
         micro_batch=config.model.micro_batch,
-        inner=config.inner,
+        inner=InnerSpec(**config.inner.model_dump()),
         uplink=config.uplink,
         downlink=CodecSpec(**config.downlink.model_dump()),
         feedback_decay=config.feedback_decay,

@@ -16,7 +16,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from talkoot.protocol.limits import GIB
-from talkoot.protocol.messages import CodecSpec, InnerSpec
+from talkoot.protocol.messages import CodecSpec
 from talkoot.server.config import (
     AdmissionSection,
     BeliefSection,
@@ -24,6 +24,7 @@ from talkoot.server.config import (
     CorpusSection,
     DownlinkSection,
     EvaluationSection,
+    InnerSection,
     ModelSection,
     NetworkSection,
     RoundSection,
@@ -70,7 +71,7 @@ class Rules(_Part):
     """The sections of an operator's configuration that change how the network behaves."""
 
     round: RoundSection = RoundSection()
-    inner: InnerSpec = InnerSpec()
+    inner: InnerSection = InnerSection()
     outer: OuterSpec = OuterSpec()
     uplink: CodecSpec = CodecSpec()
     downlink: DownlinkSection = DownlinkSection()
