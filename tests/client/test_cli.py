@@ -100,7 +100,7 @@ def test_joining_where_nobody_answers_says_so_and_leaves_no_key(home: Path) -> N
 
 
 def test_sizes_that_are_none_are_refused(home: Path) -> None:
-    assert "12 parsecs" in refused("join", "--max-memory", "12 parsecs", "--home", str(home))
+    assert "12 parsecs" in refused("join", "--max-ram", "12 parsecs", "--home", str(home))
 
 
 def test_pause_and_resume_are_a_file_that_comes_and_goes(joined: Path) -> None:
@@ -165,7 +165,7 @@ def test_the_doctor_refuses_a_model_that_it_does_not_know(home: Path) -> None:
 
 
 def test_the_doctor_says_that_7b_does_not_fit_into_a_gibibyte(home: Path) -> None:
-    arguments = ("--home", str(home), "--device", "cpu", "--max-memory", "1GiB", "--json")
+    arguments = ("--home", str(home), "--device", "cpu", "--max-ram", "1GiB", "--json")
     done = talkoot("doctor", "--model", "llama-2-7b", *arguments)
     assert done.returncode == 1, done.stderr
     findings = json.loads(done.stdout)

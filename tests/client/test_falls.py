@@ -13,6 +13,7 @@ import torch
 from tests.client.conftest import RunFiles
 from typer.testing import CliRunner
 
+from talkoot.client.caps import Caps
 from talkoot.client.home import Home
 from talkoot.client.trainer.core import Trainer
 from talkoot.client.trainer.falls import MAX_FALLS, is_out_of_memory, ladder, next_after
@@ -249,8 +250,8 @@ def test_under_a_cap_that_the_kernel_enforces_a_node_falls_in_a_lease_delivers_a
 
 def test_a_cap_given_to_the_trainer_holds_from_the_start(tmp_path: Path) -> None:
     with (
-        TrainerHost(tmp_path / "work", "cpu", 1, tmp_path / "log", max_memory=2**20) as host,
+        TrainerHost(tmp_path / "work", "cpu", 1, tmp_path / "log", caps=Caps(ram=2**20)) as host,
         pytest.raises(UnavailableError, match="trainer process ended"),
     ):
         host.call("state")
-    assert "raise --max-memory" in (tmp_path / "log").read_text()
+    assert "raise --max-ram" in (tmp_path / "log").read_text()

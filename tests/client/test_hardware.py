@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from talkoot.client.caps import Caps
 from talkoot.client.hardware import cgroup_limit, measure_in_child
 from talkoot.protocol.errors import CapacityError
 
@@ -11,7 +12,7 @@ CAP = 2 * 2**30
 
 
 def test_a_child_measures_this_machine_under_the_cap(tmp_path: Path) -> None:
-    capability = measure_in_child("cpu", CAP, tmp_path)
+    capability = measure_in_child("cpu", Caps(ram=CAP), tmp_path)
     assert capability.device == "cpu"
     assert capability.device_name
     assert capability.device_total_bytes == capability.host_total_bytes == CAP

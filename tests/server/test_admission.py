@@ -103,9 +103,9 @@ def test_a_refused_volunteer_sees_all_recipes_and_the_three_cheapest_ways_to_fit
     )
     sentence = judge_capability(POLICY, has, needs).sentence
     first, second, third = (sentence.index(f"({number})") for number in (1, 2, 3))
-    assert "raise --max-memory to 9GiB (bf16-backward-adafactor)" in sentence[first:second]
+    assert "raise --max-vram to 9GiB (bf16-backward-adafactor)" in sentence[first:second]
     assert "48 GiB (amp-adamw)" in sentence[second:third]
-    assert "raise --max-memory to 16GiB (bf16-adamw)" in sentence[third:]
+    assert "raise --max-vram to 16GiB (bf16-adamw)" in sentence[third:]
     head, *rows = sentence.splitlines()[1:]
     assert head.split() == ["recipe", "device", "host", "disk", "lacks"]
     assert [row.split()[0] for row in rows] == ["amp-adamw", "bf16-adamw", needs[1].recipe]

@@ -27,6 +27,16 @@ HomePath = Annotated[
     Path, typer.Option("--home", help="This node's directory.", envvar="TALKOOT_HOME")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+MaxVram = Annotated[
+    str | None, typer.Option(help="The most of an accelerator's memory that it may take: 20GiB.")
+]
+MaxRam = Annotated[
+    str | None, typer.Option(help="The most of the host's memory that its trainer may take: 12GiB.")
+]
+MaxDisk = Annotated[
+    str | None, typer.Option(help="The most that all of its files may take: 100GiB.")
+]
+FASTEST = "fastest"
 DEFAULT_HOME = Path("~/.local/share/talkoot")
 FRESH_SECONDS = 10.0
 
@@ -54,8 +64,12 @@ def join(
         str | None, typer.Option(help="cpu, cuda, mps, xpu …; the best there is if not given.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the trainer.")] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="The most that it may count on, e.g. 12GiB.")
+    max_vram: MaxVram = None,
+    max_ram: MaxRam = None,
+    max_disk: MaxDisk = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="How to hold the replica; 'fastest' chooses anew from those that fit."),
     ] = None,
     max_upload: Annotated[
         str | None, typer.Option(help="Upload rate per second, e.g. 2MB.")
@@ -85,14 +99,42 @@ def join(
     chosen: dict[str, Any] = {
         "device": device,
         "threads": threads,
-        "max_memory_bytes": parse_size(max_memory) if max_memory else None,
+        **_sizes(max_vram, max_ram, max_disk),
+        "recipe": recipe,
         "max_rate_up": float(parse_size(max_upload)) if max_upload else None,
         "max_rate_down": float(parse_size(max_download)) if max_download else None,
         "checkpoint_seconds": checkpoint_seconds,
     }
     given = {key: value for key, value in chosen.items() if value is not None}
+    if recipe is not None:
+        given["recipe"] = _recipe(recipe)
     settings = node.settings().model_copy(update=given) if given else None
-    do_join(node, invite, name, settings, _say, enrol_only=enrol_only)
+    do_join(
+        *(node, invite, name, settings, _say),
+        enrol_only=enrol_only,
+        choose_anew=recipe is not None,
+    )
+
+
+def _sizes(vram: str | None, ram: str | None, disk: str | None) -> dict[str, int | None]:
+    """Caps as settings have them."""
+    from talkoot.protocol.errors import ConfigError
+    from talkoot.protocol.memory import parse_size
+
+    sizes = {}
+    for name, text in (("vram", vram), ("ram", ram), ("disk", disk)):
+        size = parse_size(text) if text else None
+        if size == 0:
+            raise ConfigError(f"--max-{name} must be more than nothing: write 12GiB, say.")
+        sizes[f"max_{name}_bytes"] = size
+    return sizes
+
+
+def _recipe(name: str) -> str | None:
+    """The recipe that is wanted; None for whatever is fastest."""
+    from talkoot.protocol.recipes import get
+
+    return None if name == FASTEST else get(name).name
 
 
 def _say(sentence: str) -> None:
@@ -162,7 +204,9 @@ def leave(home: HomePath = DEFAULT_HOME) -> None:
 def doctor(
     home: HomePath = DEFAULT_HOME,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, xpu …")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="A cap, e.g. 12GiB.")] = None,
+    max_vram: MaxVram = None,
+    max_ram: MaxRam = None,
+    max_disk: MaxDisk = None,
     model: Annotated[
         str | None, typer.Option(help="A model preset or config.json to hold it against.")
     ] = None,
@@ -172,12 +216,15 @@ def doctor(
 ) -> None:
     """Measure this machine, and say whether it can hold a replica of a model."""
     from talkoot.client.doctor import examine, print_findings
-    from talkoot.protocol.memory import parse_size
 
+    given = {key: size for key, size in _sizes(max_vram, max_ram, max_disk).items() if size}
+    node = _home(home)
+    settings = node.settings().model_copy(update=given)
+    if device is not None:
+        settings = settings.model_copy(update={"device": device})
     findings = examine(
-        _home(home),
-        device,
-        parse_size(max_memory) if max_memory else None,
+        node,
+        settings,
         model,
         sequence_length,
         micro_batch,

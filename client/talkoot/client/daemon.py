@@ -192,11 +192,13 @@ class Daemon:
         self._worker.prepare()
         reply = self._worker.report()
         self._reachable = True
-        while reply.status != "admitted":
+        while reply.status != "admitted" or not self._worker.is_proved:
             if self._stop.is_set():
                 return
-            if reply.status in ("proving", "refused"):
-                # Refused once is not refused for ever: its owner may have made room since.
+            if reply.status in ("proving", "refused", "admitted"):
+                # Refused once is not refused for ever: its owner may have made room since. Who is
+                # admitted shows it again when the machine, its caps, the model or the recipe are
+                # not those of its last proof.
                 verdict = self._worker.prove()
                 self._tell(verdict.sentence)
                 if not verdict.accepted and verdict.code not in ("awaits-approval", "stale-proof"):
@@ -310,6 +312,7 @@ class Daemon:
                 "bytes_down": worker.meter.bytes_down,
                 "contributions": worker.counters.contributions,
                 "healed": worker.counters.healed,
+                "recipe": worker.recipe,
                 "trainer_pid": self._trainer.pid,
                 "last": self._last_told,
             }
@@ -333,21 +336,13 @@ def run_daemon(home: Home, say: Callable[[str], None], trainer: TrainerHost | No
 
     The caller holds the home's lock.
     """
-    settings = home.settings()
     configure_logging(home)
 
     def tell(sentence: str) -> None:
         log.info("%s", sentence)
         say(sentence)
 
-    child = trainer or TrainerHost(
-        home.work,
-        settings.device,
-        settings.threads,
-        home.logs / "trainer.log",
-        checkpoint_seconds=settings.checkpoint_seconds,
-        max_memory=settings.max_memory_bytes,
-    )
+    child = trainer or TrainerHost.of(home)
     daemon = Daemon(home, tell, child)
     asked = False
 

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from talkoot.client.choice import MARGIN, held_against
 from talkoot.client.enrol import Enrolment
 from talkoot.client.hardware import measure_in_child
-from talkoot.client.home import Home
+from talkoot.client.home import Home, Settings
 from talkoot.protocol.memory import format_size
 from talkoot.protocol.model import named_config
 from talkoot.protocol.planner import plans
-from talkoot.protocol.planner.choose import Fit, fastest, hold, table, ways_to_fit
+from talkoot.protocol.planner.choose import Fit, fastest, table, ways_to_fit
 from talkoot.protocol.recipes import RECIPES
-
-MARGIN: Final = 1.05
-"""What operators ask for if they change nothing (``admission.memory_margin``)."""
 
 
 def examine(
     home: Home,
-    device: str | None,
-    max_memory: int | None,
+    settings: Settings,
     model: str | None,
     sequence_length: int,
     micro_batch: int,
 ) -> dict[str, Any]:
-    """Measure; with ``model`` (a preset or a config.json) also hold it against what is needed."""
-    where = home.root if home.root.exists() else Path.cwd()
-    capability = measure_in_child(device, max_memory, where)
+    """Measure; with ``model`` (a preset or a config.json) also hold it against what is needed.
+
+    ``settings`` are those of the node that lives in ``home``, or would.
+    """
+    capability = measure_in_child(settings.device, settings.caps, home.root)
     findings: dict[str, Any] = {
         "capability": capability.model_dump(mode="json"),
         "model": model,
@@ -44,7 +42,7 @@ def examine(
         plans.quick(config, recipe, sequence_length=sequence_length, micro_batch=micro_batch)
         for recipe in RECIPES.values()
     ]
-    fits = hold(plans_of_all, capability, margin=MARGIN)
+    fits = held_against(plans_of_all, capability)
     best = fastest(fits)
     findings["recipes"] = [_row(fit) for fit in fits]
     findings["recipe"] = None if best is None else best.recipe

@@ -16,7 +16,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from talkoot.protocol.errors import CapacityError, ConfigError, TalkootError
+from talkoot.client.caps import Caps, add_arguments, told
+from talkoot.protocol.errors import CapacityError, TalkootError
+from talkoot.protocol.files import bytes_below
 from talkoot.protocol.messages import Capability, canonical_bytes, parse
 
 CHILD_SECONDS = 120.0
@@ -77,7 +79,7 @@ def cgroup_limit(
     return tightest
 
 
-def host_memory(max_memory: int | None) -> tuple[int, int]:
+def host_memory(max_ram: int | None) -> tuple[int, int]:
     """``(total, free)`` bytes of host memory under the cgroup's limit and the volunteer's cap."""
     import psutil
 
@@ -86,7 +88,7 @@ def host_memory(max_memory: int | None) -> tuple[int, int]:
     limit = cgroup_limit()
     if limit is not None:
         total, free = min(total, limit[0]), min(free, limit[1])
-    return _capped(total, free, max_memory)
+    return _capped(total, free, max_ram)
 
 
 def _capped(total: int, free: int, cap: int | None) -> tuple[int, int]:
@@ -110,15 +112,25 @@ def _usable_cpus() -> int:
         return os.cpu_count() or 1
 
 
-def measure(
-    device: str | None, max_memory: int | None, directory: Path | None = None
-) -> Capability:
+def disk_room(home: Path | None, max_disk: int | None) -> tuple[int, int]:
+    """Bytes of disk that a node's files may take, and without the volunteer's cap: what is free
+    and what they take already. ``home`` need not be there yet; None: the working directory's disk.
+    """
+    held = 0 if home is None else bytes_below(home)
+    place = (home or Path.cwd()).absolute()
+    while not place.exists():
+        place = place.parent
+    physical = shutil.disk_usage(place).free + held
+    return (physical if max_disk is None else min(physical, max_disk)), physical
+
+
+def measure(device: str | None, caps: Caps, home: Path | None = None) -> Capability:
     """Measure this machine, in this process. Imports torch.
 
     Args:
         device: a torch device name; ``None`` takes the accelerator if one works, else the CPU.
-        max_memory: the volunteer's cap in bytes, for device and host alike; ``None`` is no cap.
-        directory: whose disk is measured; the working directory if ``None``.
+        caps: the volunteer's.
+        home: the node's directory, whose disk is measured.
 
     Raises:
         CapacityError: the device asked for is not there.
@@ -137,7 +149,7 @@ def measure(
                 code="no-device",
             ) from err
     host_physical, _ = host_memory(None)
-    host_total, host_free = host_memory(max_memory)
+    host_total, host_free = host_memory(caps.ram)
     if chosen.type == "cpu":
         name = _cpu_name()
         physical, total, free = host_physical, host_total, host_free
@@ -152,8 +164,9 @@ def measure(
         name = _accelerator_name(torch.get_device_module(chosen), chosen)
         raw_free, raw_total = torch.accelerator.get_memory_info(chosen)
         physical = int(raw_total)
-        total, free = _capped(physical, int(raw_free), max_memory)
+        total, free = _capped(physical, int(raw_free), caps.vram)
     module = None if chosen.type == "cpu" else torch.get_device_module(chosen)
+    disk, disk_physical = disk_room(home, caps.disk)
     return Capability(
         device=chosen.type,
         device_name=name[:128],
@@ -161,12 +174,13 @@ def measure(
         device_free_bytes=free,
         host_total_bytes=host_total,
         host_free_bytes=host_free,
-        disk_free_bytes=shutil.disk_usage(directory or Path.cwd()).free,
+        disk_free_bytes=disk,
         cpu_count=_usable_cpus(),
         torch_version=str(torch.__version__)[:64],
         talkoot_version=_talkoot_version()[:64],
         device_physical_bytes=physical,
         host_physical_bytes=host_physical,
+        disk_physical_bytes=disk_physical,
         compute_capability=_compute_capability(module, chosen)[:32],
         bf16=_has_bf16(module),
         driver=_driver(module)[:64],
@@ -232,8 +246,8 @@ def _cpu_name() -> str:
 
 def measure_in_child(
     device: str | None = None,
-    max_memory: int | None = None,
-    directory: Path | None = None,
+    caps: Caps | None = None,
+    home: Path | None = None,
     *,
     timeout_seconds: float = CHILD_SECONDS,
 ) -> Capability:
@@ -245,10 +259,9 @@ def measure_in_child(
     command = [sys.executable, "-m", "talkoot.client.hardware"]
     if device is not None:
         command += ["--device", device]
-    if max_memory is not None:
-        command += ["--max-memory", str(max_memory)]
-    if directory is not None:
-        command += ["--directory", str(directory)]
+    command += (caps or Caps()).as_arguments()
+    if home is not None:
+        command += ["--home", str(home)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=timeout_seconds, check=False)
     except (OSError, subprocess.TimeoutExpired) as err:
@@ -278,13 +291,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Print one line of JSON: a Capability, or ``{"code", "sentence"}`` with exit status 1."""
     parser = argparse.ArgumentParser(prog="talkoot.client.hardware")
     parser.add_argument("--device")
-    parser.add_argument("--max-memory", type=int)
-    parser.add_argument("--directory", type=Path)
+    parser.add_argument("--home", type=Path)
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     try:
-        if options.max_memory is not None and options.max_memory <= 0:
-            raise ConfigError("The memory cap must be more than nothing: give it in bytes.")
-        capability = measure(options.device, options.max_memory, options.directory)
+        capability = measure(options.device, told(options), options.home)
     except TalkootError as err:
         print(json.dumps({"code": err.code, "sentence": err.sentence}))
         return 1

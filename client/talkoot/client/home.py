@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
+from talkoot.client.caps import Caps
 from talkoot.protocol.errors import ProtocolError, StateError
 from talkoot.protocol.files import explain_os_error, write_atomic
 from talkoot.protocol.messages import Digest, LeaseId, M, Message, canonical_bytes, parse
@@ -29,10 +31,19 @@ class Settings(Message):
 
     device: Annotated[str, Field(max_length=32)] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    max_memory_bytes: Annotated[int, Field(ge=1)] | None = None
+    max_vram_bytes: Annotated[int, Field(ge=1)] | None = None
+    max_ram_bytes: Annotated[int, Field(ge=1)] | None = None
+    max_disk_bytes: Annotated[int, Field(ge=1)] | None = None
+    recipe: Annotated[str, Field(max_length=64)] | None = None
+    """To begin with; None is the fastest that fits."""
     max_rate_up: Annotated[float, Field(gt=0)] | None = None  # bytes per second
     max_rate_down: Annotated[float, Field(gt=0)] | None = None  # bytes per second
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 10.0
+
+    @property
+    def caps(self) -> Caps:
+        """What talkoot may have of the machine."""
+        return Caps(self.max_vram_bytes, self.max_ram_bytes, self.max_disk_bytes)
 
 
 class Counters(Message):
@@ -53,6 +64,10 @@ class Counters(Message):
     newest_attempt: int = -1
     proved_recipe: Annotated[str, Field(max_length=64)] | None = None
     """What the last accepted proof was made with."""
+    proved_basis: Digest | None = None
+    """What that proof rested on: see ``choice.py``."""
+    chosen_recipe: Annotated[str, Field(max_length=64)] | None = None
+    """What was begun with then."""
     settled_lease: LeaseId | None = None
     """The last lease that was answered: its task may come again, over the other plane."""
     settled_accepted: bool = False
@@ -154,7 +169,7 @@ class Home:
 
     def settings(self) -> Settings:
         """What its owner chose."""
-        return self._read(self.settings_path, Settings)
+        return self._read(self.settings_path, Settings, _renamed)
 
     def counters(self) -> Counters:
         """What lasts beyond one process; a damaged file starts at nothing."""
@@ -163,7 +178,9 @@ class Home:
         except StateError:
             return Counters()
 
-    def _read(self, path: Path, kind: type[M]) -> M:
+    def _read(
+        self, path: Path, kind: type[M], mend: Callable[[bytes], bytes] = lambda data: data
+    ) -> M:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -171,7 +188,7 @@ class Home:
         except OSError as err:
             raise explain_os_error(err, "reading", path) from err
         try:
-            return parse(kind, data)
+            return parse(kind, mend(data))
         except ProtocolError as err:
             raise StateError(f"{path} is damaged ({err.sentence}) Remove it.") from err
 
@@ -188,3 +205,15 @@ class Home:
             write_atomic(self.status_path, json.dumps(document).encode(), mode=0o600)
         except OSError:
             return
+
+
+def _renamed(data: bytes) -> bytes:
+    """Settings of before ``--max-memory`` became ``--max-vram`` and ``--max-ram``."""
+    try:
+        known = json.loads(data)
+    except ValueError:
+        return data
+    if not isinstance(known, dict) or "max_memory_bytes" not in known:
+        return data
+    cap = known.pop("max_memory_bytes")
+    return json.dumps({"max_vram_bytes": cap, "max_ram_bytes": cap, **known}).encode()

@@ -42,26 +42,24 @@ def join(
     say: Say,
     *,
     enrol_only: bool = False,
+    choose_anew: bool = False,
 ) -> None:
     """Enrol if need be, then run the daemon.
 
     Args:
         settings: what the volunteer chose now; None keeps what was chosen before.
+        choose_anew: forget which recipe was chosen before.
         enrol_only: enrol and prove, then end: a stock SuperNode, which can neither, does the rest.
     """
     home.create()
     with lock(home):
         if settings is not None:
             home.save(home.settings_path, settings)
+        if choose_anew:
+            known = home.counters().model_copy(update={"chosen_recipe": None})
+            home.save(home.counters_path, known)
         chosen = home.settings()
-        trainer = TrainerHost(
-            home.work,
-            chosen.device,
-            chosen.threads,
-            home.logs / "trainer.log",
-            checkpoint_seconds=chosen.checkpoint_seconds,
-            max_memory=chosen.max_memory_bytes,
-        )
+        trainer = TrainerHost.of(home)
         try:
             trainer.start()  # its imports take seconds: let them run meanwhile
             _enrol_if_needed(home, invite_url, name, chosen, say)
@@ -162,7 +160,7 @@ def _enrol_if_needed(
     invite = Invite.parse(invite_url)
     fetch_info(invite)  # a wrong address or fingerprint is told before the slow measurement
     say("Measuring this machine …")
-    capability = measure_in_child(settings.device, settings.max_memory_bytes, home.root)
+    capability = measure_in_child(settings.device, settings.caps, home.root)
     say(
         f"  {capability.device_name}: {format_size(capability.device_free_bytes)} free of "
         f"{format_size(capability.device_total_bytes)}"

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from talkoot.client.caps import Caps
+from talkoot.client.home import Home
 from talkoot.protocol import errors
 from talkoot.protocol.errors import TalkootError, UnavailableError
 from talkoot.protocol.files import explain_os_error
@@ -118,7 +120,7 @@ class TrainerHost:
         threads: CPU threads of the child; ``None`` leaves the choice to torch.
         log_path: the child's stderr, appended.
         checkpoint_seconds: the most work, in seconds, that a crash can cost.
-        max_memory: bytes that the child may take of its device's memory; ``None`` is no cap.
+        caps: what the child may take of the machine.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class TrainerHost:
         log_path: Path,
         *,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
-        max_memory: int | None = None,
+        caps: Caps | None = None,
     ) -> None:
         self._command = [
             *(sys.executable, "-m", "talkoot.client.trainer"),
@@ -140,8 +142,7 @@ class TrainerHost:
             self._command += ["--device", device]
         if threads is not None:
             self._command += ["--threads", str(threads)]
-        if max_memory is not None:
-            self._command += ["--max-memory", str(max_memory)]
+        self._command += (caps or Caps()).as_arguments()
         self._work = work
         self._log_path = log_path
         self._call_lock = threading.Lock()
@@ -150,6 +151,19 @@ class TrainerHost:
         self._closed = False
         self._next_id = 0
         self._open_arguments: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, home: Home) -> TrainerHost:
+        """The trainer of a node, as its owner wants it."""
+        chosen = home.settings()
+        return cls(
+            home.work,
+            chosen.device,
+            chosen.threads,
+            home.logs / "trainer.log",
+            checkpoint_seconds=chosen.checkpoint_seconds,
+            caps=chosen.caps,
+        )
 
     @property
     def pid(self) -> int | None:

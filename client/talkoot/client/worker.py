@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from talkoot.client.choice import LACKS_ROOM, Choice, basis, choose, held_against
 from talkoot.client.enrol import Enrolment
 from talkoot.client.fresh import Seen, see_head, see_task, see_version
 from talkoot.client.home import Counters, Home
@@ -58,7 +60,9 @@ from talkoot.protocol.messages import (
     canonical_bytes,
     parse,
 )
-from talkoot.protocol.refusals import printable
+from talkoot.protocol.model import parse_config
+from talkoot.protocol.planner import plans
+from talkoot.protocol.refusals import AWAITS_APPROVAL, printable
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +118,8 @@ class Worker:
         self._coordinator_key = load_public_key(enrolment.coordinator_key_pem.encode("ascii"))
         self._store = ArtifactStore(home.store)
         self._spec: RunSpec | None = None
+        self._run_paths: dict[str, Any] = {}
+        self._choice: Choice | None = None
         self._corpus: CorpusManifest | None = None
         self._index = b""
         self._started_unix = clock()
@@ -247,18 +253,50 @@ class Worker:
         corpus = parse(CorpusManifest, corpus_path.read_bytes(), cap=MAX_JSON_ARTIFACT)
         self._index = self._fetch(corpus.blocks_index).read_bytes()
         base = str(self._fetch(spec.adapter.base)) if spec.adapter is not None else None
-        opened = self.trainer.call(
-            "open",
-            spec=spec.model_dump(mode="json"),
-            model_config_path=str(model_config),
-            manifest_path=str(manifest),
-            corpus_path=str(corpus_path),
-            base_path=base,
-        )
-        self.recipe = opened["recipe"]
-        self.falls = int(opened["falls"])
+        self._run_paths = {
+            "spec": spec.model_dump(mode="json"),
+            "model_config_path": str(model_config),
+            "manifest_path": str(manifest),
+            "corpus_path": str(corpus_path),
+            "base_path": base,
+        }
+        choice = self._choose(spec, digest, model_config)
+        self._open(choice)
+        self._say(choice.sentence)
         self._corpus = corpus
         self._spec = spec
+
+    def _choose(self, spec: RunSpec, digest: str, model_config: Path) -> Choice:
+        """The recipes that fit this machine, by plans that are known or in closed form.
+
+        Raises:
+            CapacityError: none fits, or not the one that the volunteer wants.
+            ConfigError: the model's config lacks a number that a plan needs.
+        """
+        has = self._measure()
+        wanted = self._settings.recipe
+        on = basis(has, self._settings.caps, digest, wanted)
+        fits = held_against(plans.all_of_run(spec, parse_config(model_config.read_bytes())), has)
+        kept = self.counters.chosen_recipe if self.counters.proved_basis == on else None
+        return choose(fits, has, on, pinned=wanted, kept=kept)
+
+    def _open(self, choice: Choice) -> None:
+        opened = self.trainer.call("open", **self._run_paths, recipes=list(choice.recipes))
+        self.recipe = opened["recipe"]
+        self.falls = int(opened["falls"])
+        self._choice = choice
+
+    def _measure(self) -> Capability:
+        # By the trainer, which has torch already: importing it again takes seconds.
+        measured = self.trainer.call("measure")
+        return parse(Capability, json.dumps(measured).encode())  # lists, as tuples
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether the coordinator has seen a proof by this recipe, on this machine as it is."""
+        known = self.counters
+        assert self._choice is not None
+        return (known.proved_recipe, known.proved_basis) == (self.recipe, self._choice.basis)
 
     def _learn_mirrors(self) -> None:
         """Ask who else has artifacts; without an answer those that are known stay."""
@@ -299,7 +337,28 @@ class Worker:
         return self._fetch(ref)
 
     def prove(self) -> Verdict:
-        """Take real training steps on a fresh challenge, and let the coordinator judge them."""
+        """Take real training steps on a fresh challenge, and let the coordinator judge them.
+
+        Where it says that the recipe lacks room there (it knows what others of this kind measured,
+        and its operator may want more of a margin), the next one that fits takes its place.
+        """
+        while True:
+            verdict = self._prove_once()
+            if verdict.code not in LACKS_ROOM or not self._step_down():
+                return verdict
+            self._say(f"{verdict.sentence} Trying {self.recipe} instead.")
+
+    def _step_down(self) -> bool:
+        """Take the next recipe to begin with; False: there is none, or the volunteer wants this."""
+        choice = self._choice
+        assert choice is not None
+        if self._settings.recipe is not None or len(choice.recipes) < 2:
+            return False
+        self._open(replace(choice, recipes=choice.recipes[1:]))
+        return True
+
+    def _prove_once(self) -> Verdict:
+        assert self._choice is not None
         self.state = "proving"
         try:
             challenge = parse(ProofChallenge, self.transfer.challenge())
@@ -309,12 +368,6 @@ class Worker:
                 should_stop=self.should_stop,
                 nonce=challenge.nonce,
                 steps=challenge.steps,
-            )
-            # Measured by the trainer, which has torch already: importing it again takes seconds.
-            capability = self.trainer.call(
-                "measure",
-                max_memory=self._settings.max_memory_bytes,
-                directory=str(self.home.root),
             )
             proof = Proof(
                 run_id=self.spec.run_id,
@@ -327,11 +380,15 @@ class Worker:
                 peak_bytes=done["peak_bytes"],
                 predicted_bytes=done["predicted_bytes"],
                 tokens_per_second=done["tokens_per_second"],
-                capability=parse(Capability, json.dumps(capability).encode()),  # lists, as tuples
+                capability=self._measure(),
             )
             verdict = self.transfer.prove(self.key.sign("Proof", canonical_bytes(proof)))
-            if verdict.accepted:
-                self.save_counters(proved_recipe=proof.recipe)
+            if verdict.accepted or verdict.code == AWAITS_APPROVAL:
+                self.save_counters(
+                    proved_recipe=proof.recipe,
+                    proved_basis=self._choice.basis,
+                    chosen_recipe=self._choice.recipes[0],
+                )
             return verdict
         finally:
             self.state = "idle"
@@ -401,7 +458,7 @@ class Worker:
         The coordinator's verdict comes with the next report, too: a node that it does not admit any
         more gets no leases.
         """
-        if self.counters.proved_recipe in (None, self.recipe):
+        if self.counters.proved_recipe is None or self.is_proved:
             return
         self._say(self.prove().sentence)
 
@@ -733,17 +790,9 @@ def worker_for(home: str) -> Iterator[Worker]:
         return
     node = Home(path)
     node.require()
-    settings = node.settings()
     with (
         DirectoryLock(node.root, who="talkoot daemon"),
-        TrainerHost(
-            node.work,
-            settings.device,
-            settings.threads,
-            node.logs / "trainer.log",
-            checkpoint_seconds=settings.checkpoint_seconds,
-            max_memory=settings.max_memory_bytes,
-        ) as trainer,
+        TrainerHost.of(node) as trainer,
     ):
         trainer.start()
         worker = Worker(node, trainer)

@@ -37,6 +37,25 @@ def explain_os_error(err: OSError, doing: str, path: Path) -> CapacityError | St
     )
 
 
+def bytes_below(path: Path) -> int:
+    """What the files below a directory take, as far as they can be seen; 0 where there is none.
+
+    Files come and go meanwhile, so this is what was there at some moment or other.
+    """
+    total = 0
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        total += bytes_below(Path(entry.path))
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
+    except OSError:
+        return total
+    return total
+
+
 def fsync_dir(path: Path) -> None:
     """Make a rename inside ``path`` survive a power cut."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

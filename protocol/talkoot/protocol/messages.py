@@ -224,6 +224,8 @@ class Capability(Message):
     """Host memory, under the cgroup's limit and the volunteer's cap."""
     host_free_bytes: Count
     disk_free_bytes: Count
+    """Disk that the node's files may take, those that are there already among them, under the
+    volunteer's cap."""
     cpu_count: Count
     torch_version: Annotated[str, Field(max_length=64)]
     talkoot_version: Annotated[str, Field(max_length=64)]
@@ -231,6 +233,8 @@ class Capability(Message):
     """Device memory without the volunteer's cap."""
     host_physical_bytes: Count | None = None
     """The same of the host."""
+    disk_physical_bytes: Count | None = None
+    """The same of the disk."""
     compute_capability: Annotated[str, Field(max_length=32)] = ""
     """``9.0`` of CUDA, ``gfx1100`` of ROCm; empty where there is no such thing."""
     bf16: bool = True

@@ -11,17 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from talkoot.protocol.limits import MAX_SENTENCE_CHARS
 from talkoot.protocol.memory import MemoryPlan, format_size
 from talkoot.protocol.messages import Capability, Proof, Verdict
 from talkoot.protocol.planner.choose import (
-    Fit,
     Ratio,
     as_predicted,
     fastest,
     hold,
-    table,
-    ways_to_fit,
+    refusal,
 )
 from talkoot.protocol.proof import sketch_distance, sketch_tolerance
 
@@ -64,30 +61,8 @@ def judge_capability(
                 f"under {best.recipe} needs {format_size(best.need.device)}."
             ),
         )
-    return _refused(policy, fits, has)
-
-
-def _refused(policy: AdmissionPolicy, fits: list[Fit], has: Capability) -> Verdict:
-    """The refusal that shows why and what to do: three ways, then all recipes as a table."""
-    least = min(fits, key=lambda fit: fit.lacks_device + fit.lacks_host + fit.lacks_disk)
-    if least.lacks_device:
-        code = "too-little-memory"
-    elif least.lacks_host:
-        code = "too-little-host-memory"
-    else:
-        code = "too-little-disk"
-    ways = "; ".join(f"({number}) {way}" for number, way in enumerate(ways_to_fit(fits, has), 1))
-    host = "" if has.device == "cpu" else f", {format_size(has.host_free_bytes)} of host memory"
-    sentence = (
-        f"No recipe for a replica of this model fits: {has.device_name} has "
-        f"{format_size(has.device_free_bytes)} free of {format_size(has.device_total_bytes)}"
-        f"{host} and {format_size(has.disk_free_bytes)} of disk. Cheapest ways to fit: {ways}. "
-        f"What each recipe needs, with a margin of {policy.memory_margin:.2f}:"
-    )
-    lines = table(fits, has.device)
-    return Verdict(
-        accepted=False, code=code, sentence="\n".join([sentence, *lines])[:MAX_SENTENCE_CHARS]
-    )
+    code, sentence = refusal(fits, has, policy.memory_margin)
+    return Verdict(accepted=False, code=code, sentence=sentence)
 
 
 def _unknown(recipe: str, needs: Sequence[MemoryPlan]) -> Verdict:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
+from talkoot.client.caps import add_arguments, told
 from talkoot.client.trainer.falls import OUT_OF_MEMORY, is_out_of_memory
 from talkoot.protocol.errors import CapacityError, StateError, TalkootError
 from talkoot.protocol.files import DirectoryLock, explain_os_error
@@ -100,8 +101,8 @@ class Server:
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        if options.max_memory is not None:
-            enforce(options.max_memory, options.device)
+        self._caps = told(options)
+        enforce(self._caps, options.device)
         self._root: Path = options.work
         self._device: str | None = options.device
         self._requests = requests
@@ -163,7 +164,8 @@ class Server:
         if op == "measure":
             from talkoot.client.hardware import measure
 
-            has = measure(self._device, request["max_memory"], Path(request["directory"]))
+            trainer.release()  # what it holds is free for the next replica
+            has = measure(self._device, self._caps, self._root.absolute().parent)
             return has.model_dump(mode="json")
         if op == "sync":
             given = request.get("checkpoint")
@@ -235,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--parent", type=int)
     parser.add_argument("--checkpoint-seconds", type=float, default=10.0)
-    parser.add_argument("--max-memory", type=int, help="bytes; see cap.py")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
 
     # Replies go where stdout pointed; what libraries print goes to the log with stderr.

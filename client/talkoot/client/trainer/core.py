@@ -477,11 +477,8 @@ class Trainer:
         Raises :class:`CapacityError` when there is none.
         """
         traceback.clear_frames(err.__traceback__)
-        self._drop_replica()
-        return_free_memory()
+        self.release()
         kind = self._device.type
-        if kind != "cpu":
-            torch.accelerator.empty_cache()
         work, before = self._opened.work, self._recipe
         try:
             after = next_after(self._recipes, before, len(work.state.falls), kind)
@@ -525,6 +522,13 @@ class Trainer:
                 base=run.base,
             )
         return self._replica
+
+    def release(self) -> None:
+        """Give up all memory that can be built or loaded again."""
+        self._drop_replica()
+        return_free_memory()
+        if self._device.type != "cpu":
+            torch.accelerator.empty_cache()
 
     def _drop_replica(self) -> None:
         if self._replica is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from talkoot.protocol.limits import GIB
+from talkoot.protocol.limits import GIB, MAX_SENTENCE_CHARS
 from talkoot.protocol.memory import MemoryPlan, Need, format_size, need
 from talkoot.protocol.messages import Capability
 from talkoot.protocol.recipes import ADAPTER_RECIPES, RECIPES, get
@@ -99,6 +99,26 @@ def fastest(fits: Sequence[Fit]) -> Fit | None:
     return next((fit for fit in fits if fit.fits), None)
 
 
+def refusal(fits: Sequence[Fit], has: Capability, margin: float) -> tuple[str, str]:
+    """Code and sentence for a machine that no recipe fits: three ways, then all as a table."""
+    least = min(fits, key=lambda fit: fit.lacks_device + fit.lacks_host + fit.lacks_disk)
+    if least.lacks_device:
+        code = "too-little-memory"
+    elif least.lacks_host:
+        code = "too-little-host-memory"
+    else:
+        code = "too-little-disk"
+    ways = "; ".join(f"({number}) {way}" for number, way in enumerate(ways_to_fit(fits, has), 1))
+    host = "" if has.device == "cpu" else f", {format_size(has.host_free_bytes)} of host memory"
+    sentence = (
+        f"No recipe for a replica of this model fits: {has.device_name} has "
+        f"{format_size(has.device_free_bytes)} free of {format_size(has.device_total_bytes)}"
+        f"{host} and {format_size(has.disk_free_bytes)} of disk. Cheapest ways to fit: {ways}. "
+        f"What each recipe needs, with a margin of {margin:.2f}:"
+    )
+    return code, "\n".join([sentence, *table(fits, has.device)])[:MAX_SENTENCE_CHARS]
+
+
 @dataclass(frozen=True)
 class _Way:
     """Something that would make a recipe fit, and how much it asks of a person."""
@@ -144,7 +164,7 @@ def _way(fit: Fit, has: Capability) -> _Way:
             free=has.device_free_bytes,
             capped=has.device_total_bytes,
             physical=has.device_physical_bytes or has.device_total_bytes,
-            option="--max-memory",
+            option="--max-ram" if cpu else "--max-vram",
             what="a machine with {} of memory" if cpu else "a device with {}",
             card=not cpu,
         )
@@ -155,12 +175,14 @@ def _way(fit: Fit, has: Capability) -> _Way:
             free=has.host_free_bytes,
             capped=has.host_total_bytes,
             physical=has.host_physical_bytes or has.host_total_bytes,
-            option="--max-memory",
+            option="--max-ram",
             what="{} of host memory",
             card=False,
         )
         effort, parts = max(effort, kind), [*parts, text]
-    if fit.lacks_disk:
+    if fit.lacks_disk and fit.need.disk <= (has.disk_physical_bytes or 0):
+        parts.append(f"raise --max-disk to {_up(fit.need.disk)}")
+    elif fit.lacks_disk:
         effort = max(effort, 2)
         parts.append(f"free {format_size(fit.lacks_disk)} of disk or choose another --home")
     return _Way((effort, missing), f"{' and '.join(parts)} ({fit.recipe})")

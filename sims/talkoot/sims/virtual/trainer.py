@@ -24,6 +24,7 @@ from talkoot.protocol.manifest import Manifest
 from talkoot.protocol.messages import RoundTask, RunSpec, parse
 from talkoot.server.coordinator import Coordinator
 from talkoot.sims.attacks.kinds import Actor, liars
+from talkoot.sims.in_process import CAPABILITY
 from talkoot.sims.lab.behaviour import Situation
 from talkoot.sims.lab.tamper import tampered
 from talkoot.sims.virtual.layout import Layout, Profile
@@ -69,6 +70,8 @@ class VirtualTrainer:
         """Run one operation and return its result; raises what the operation raises."""
         if op == "open":
             return self._open(arguments)
+        if op == "measure":  # its device is the scenario's, and so is the recipe that it opens with
+            return CAPABILITY.model_dump(mode="json")
         trainer = self._trainer
         if op == "state":
             return trainer.state()
