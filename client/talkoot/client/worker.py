@@ -31,6 +31,7 @@ from talkoot.protocol import faults
 from talkoot.protocol.artifacts import ArtifactStore
 from talkoot.protocol.corpus import CorpusManifest, block_digest
 from talkoot.protocol.errors import (
+    CapacityError,
     IntegrityError,
     ProtocolError,
     RefusedError,
@@ -260,7 +261,12 @@ class Worker:
             "corpus_path": str(corpus_path),
             "base_path": base,
         }
-        choice = self._choose(spec, digest, model_config)
+        try:
+            choice = self._choose(spec, digest, model_config)
+        except CapacityError:
+            # A run whose documents contradict each other is refused as such, and not as too large.
+            self.trainer.call("open", **self._run_paths)
+            raise
         self._open(choice)
         self._say(choice.sentence)
         self._corpus = corpus
