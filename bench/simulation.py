@@ -3,9 +3,12 @@
     .venv/bin/python bench/simulation.py --nodes 10 100   # nano, 1,024 tokens a lease
     .venv/bin/python bench/simulation.py --overhead       # tiny (1.1 M parameters), 64 nodes
     .venv/bin/python bench/simulation.py --determinism    # one and two workers, the same bits
+    .venv/bin/python bench/simulation.py --nodes 64 256 --rounds 3 --workers 2 1   # size, both ways
 
-Rounds are counted from the second on: in the first Ray's workers start. Inner steps are timed where
-they run, so the overhead is a ratio within one run on one machine. Prints JSON, a run a line.
+Memory is the proportional share (PSS) of all processes of the engine's session, looked at every two
+seconds; files are in /dev/shm and apart. Rounds are counted from the second on: in the first Ray's
+workers start. Inner steps are timed where they run, so the overhead is a ratio within one run on
+one machine. Prints JSON, a run a line.
 """
 
 from __future__ import annotations
@@ -15,10 +18,17 @@ import json
 import os
 import shutil
 import tempfile
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import psutil
+
 from talkoot.sims.scenario import parse_scenario
+from talkoot.sims.virtual import session
 from talkoot.sims.virtual.command import RunResult, run
 
 SCENARIO = """
@@ -54,10 +64,54 @@ def measure(model: str, nodes: int, rounds: int, tokens: int, workers: int) -> d
         text = SCENARIO.format(
             model=model, nodes=nodes, rounds=rounds, tokens=tokens, block=min(tokens, 1024)
         )
-        found = run(parse_scenario(text), out=root / "out", work=root / "work", workers=workers)
-        return figures(found, nodes, workers, root / "work")
+        with Memory() as memory:
+            began = time.monotonic()
+            found = run(parse_scenario(text), out=root / "out", work=root / "work", workers=workers)
+            wall = time.monotonic() - began
+        return {
+            **figures(found, nodes, workers, root / "work"),
+            "wall_seconds": wall,
+            "peak_pss_mib": memory.peak / 2**20,
+        }
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+class Memory:
+    """The most that the processes below this one and of their sessions had, in bytes."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(2.0):
+            engines = [child.pid for child in psutil.Process().children()]
+            self.peak = max(
+                self.peak, sum(_pss(pid) for e in engines for pid in session.members(e))
+            )
+
+
+def _pss(pid: int) -> int:
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def figures(found: RunResult, nodes: int, workers: int, work: Path) -> dict[str, Any]:
@@ -86,12 +140,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument("--overhead", action="store_true")
     parser.add_argument("--determinism", action="store_true")
     given = parser.parse_args()
     if given.overhead:
-        print(json.dumps(measure("tiny", 64, given.rounds, 8192, given.workers)))
+        print(json.dumps(measure("tiny", 64, given.rounds, 8192, given.workers[0])))
         return
     if given.determinism:
         rows = [measure("nano", 16, given.rounds, 1024, workers) for workers in (1, 2)]
@@ -99,7 +153,10 @@ def main() -> None:
         print(json.dumps(rows))
         return
     for nodes in given.nodes:
-        print(json.dumps(measure("nano", nodes, given.rounds, 1024, given.workers)), flush=True)
+        rows = [measure("nano", nodes, given.rounds, 1024, workers) for workers in given.workers]
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        assert len({row["weights_digest"] for row in rows}) == 1, "the bits differ"
 
 
 if __name__ == "__main__":

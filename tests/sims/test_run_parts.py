@@ -177,7 +177,9 @@ def test_a_lease_takes_fetching_training_and_pushing_at_the_nodes_own_pace() -> 
     fleet = fleet_of(scenario)
     timing = timing_of(scenario, fleet)
     speed = float(fleet.speed[0])
-    (course,) = timing.courses(10.0, {0: 10.0}, {0: 4096}, {0: 1}, {0: 512}, {0: speed}).values()
+    (course,) = timing.courses(
+        10.0, {0: 10.0}, {0: 4096}, {0: 1}, {0: 2}, {0: 512}, {0: speed}
+    ).values()
     assert course.steady
     assert course.trained - course.fetched == pytest.approx(
         512 / speed + timing.sizes.encode_seconds

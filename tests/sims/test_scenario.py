@@ -54,6 +54,7 @@ NAMES = (
     "attack-25",
     "hetero-vram",
     "7b-thousand",
+    "loopback-2",
 )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from talkoot.protocol.console import run
+from talkoot.sims.cli_calibrate import calibrate
 from talkoot.sims.cli_compare import compare, published
 from talkoot.sims.cli_plan import plan
 from talkoot.sims.cli_run import run_scenario
@@ -210,6 +211,7 @@ def attacks(
 app.command()(scenarios)
 app.command(name="run")(run_scenario)
 app.command()(plan)
+app.command()(calibrate)
 app.command()(compare)
 app.command()(published)
 

@@ -117,6 +117,8 @@ class LocalNetwork:
     coordinator: Command | None = None
     extra_environment: dict[str, str] = field(default_factory=dict)
     """What every long-running process gets beside the rest."""
+    prefixes: dict[str, Sequence[str]] = field(default_factory=dict)
+    """By a volunteer's name, or "coordinator": put before its long-running command."""
 
     @property
     def state(self) -> Path:
@@ -164,7 +166,10 @@ class LocalNetwork:
         if self.coordinator is None:
             self.coordinator = Command(
                 "coordinator",
-                [str(BIN / "talkoot-coordinator"), "serve", "--state", str(self.state)],
+                [
+                    *self.prefixes.get("coordinator", ()),
+                    *(str(BIN / "talkoot-coordinator"), "serve", "--state", str(self.state)),
+                ],
                 self.root / "logs" / "coordinator.log",
                 self.extra_environment,
             )
@@ -182,6 +187,7 @@ class LocalNetwork:
         self.nodes[name] = Command(
             name,
             [
+                *self.prefixes.get(name, ()),
                 *(str(BIN / "talkoot"), "join", url, "--home", str(self.home(name))),
                 *("--name", name, *flags),
             ],

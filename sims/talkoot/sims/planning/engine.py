@@ -25,7 +25,13 @@ from talkoot.sims.planning.fleet import MBIT, Fleet
 from talkoot.sims.planning.many import fair_rate, lease_tokens, measured_speeds, one_after_another
 from talkoot.sims.planning.passing import Course, Outcome, Rule, settle
 from talkoot.sims.planning.result import PlanResult
-from talkoot.sims.planning.sizes import PROOF_SECONDS, WIRE, Sizes, model_config, sizes_of
+from talkoot.sims.planning.sizes import (
+    PROOF_SECONDS,
+    WIRE,
+    Sizes,
+    model_config,
+    sizes_of,
+)
 from talkoot.sims.planning.timeline import DAY, F64, I64
 from talkoot.sims.scenario import Scenario
 
@@ -151,11 +157,14 @@ class Engine:
 
     def _patience(self) -> float:
         """How long a node may be silent, in seconds, in a network of this size."""
+        return patience_seconds(self.rules.round.lost_after_seconds, self._poll())
+
+    def _poll(self) -> float:
+        """How often a node asks for messages, in seconds, in a network of this size."""
         network = self.config.network
-        poll = poll_seconds(
+        return poll_seconds(
             self.fleet.count, network.max_pulls_per_second, network.min_poll_seconds
         )
-        return patience_seconds(self.rules.round.lost_after_seconds, poll)
 
     def _members(self, env: Any) -> I64:
         """Nodes that are there, hold a replica that fits, and keep up."""
@@ -228,7 +237,11 @@ class Engine:
         behind = self.newest - self.version[members]
         size = behind * sizes.update_bytes + tokens * sizes.bytes_per_token
         rate = fair_rate(self.down[members], self.egress + self.mirrors)
-        wait = size / np.minimum(self.down[members], rate) + 4 * self.fleet.latency[members]
+        latency = self.fleet.latency[members]
+        artifacts = behind + tokens / self.scenario.corpus.block_tokens
+        # As in virtual/timing.py: Flower's message, then one artifact after the other.
+        wait = sizes.hear_seconds + 3 * latency + artifacts * (latency + sizes.artifact_seconds)
+        wait += self._poll() / 2 + size / np.minimum(self.down[members], rate)
         work = lines.online_seconds(members, now) + wait + behind * sizes.apply_seconds
         fetched = self._defer(lines.when(members, work))
         self._speeds = self._speeds_of(members)
@@ -239,7 +252,8 @@ class Engine:
         own = lines.when(members, work + sizes.uplink_bytes / self.up[members])
         queued = one_after_another(encoded, sizes.uplink_bytes / self.ingress)
         pushed = self._defer(np.maximum(own, queued))
-        arrived = one_after_another(pushed, sizes.verify_seconds)
+        claimed = pushed + sizes.submit_seconds + 3 * latency
+        arrived = one_after_another(claimed, sizes.verify_seconds)
         self.version[members] = self.newest
         share = self._own_share(float(np.minimum(self.down[members], rate).sum()))
         self.account.moved(0.0, float(size.sum()), float(size.sum()) * share)

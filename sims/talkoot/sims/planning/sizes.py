@@ -25,6 +25,18 @@ ENCODE_NS: Final = 5.0
 """Per parameter at 64 of 4096: a node's payload, on one CPU core. A GPU selects faster."""
 APPLY_NS: Final = 4.0
 """Per parameter at 256 of 4096: one update decoded and added, on one CPU core."""
+HEAR_SECONDS: Final = 0.5
+"""From a lease in the ledger to its node's hands, beside the node's poll: the round loop, Flower's
+SuperLink, gateway and HTTP calls. This and the next four were seen in small real networks, and are
+there however small the model is (docs/LOG.md)."""
+ARTIFACT_SECONDS: Final = 0.003
+"""Of one fetch beside its round trip and its bytes: hashing, the file, its name."""
+LEASE_SECONDS: Final = 0.25
+"""Of a node, beside steps and encoding: the trainer's messages and files."""
+SUBMIT_SECONDS: Final = 0.05
+"""Of a payload's upload and verdict, beside round trips, bytes and decoding."""
+CLOSE_SECONDS: Final = 0.2
+"""From the last verdict to the next version beside the model's size: the loop, judging, commits."""
 PROOF_SECONDS: Final = 120.0
 """From a fetched checkpoint to admission: a few training steps (an estimate)."""
 
@@ -47,6 +59,12 @@ class Sizes:
     """Of a node."""
     apply_seconds: float
     """Of a node, an update."""
+    hear_seconds: float = 0.0
+    """From a lease to its node's hearing of it, beside the poll and round trips."""
+    artifact_seconds: float = 0.0
+    """Of a fetch, beside its round trip and bytes."""
+    submit_seconds: float = 0.0
+    """Of an upload and its verdict, beside round trips, bytes and decoding."""
 
 
 def model_config(scenario: Scenario) -> dict[str, Any]:
@@ -110,7 +128,12 @@ def sizes_of(scenario: Scenario, config: dict[str, Any] | None = None) -> Sizes:
         bytes_per_token=2.0 if int(config.get("vocab_size", 0)) <= 2**16 else 4.0,
         verify_seconds=VERIFY_NS * 1e-9 * parameters / line.cores,
         aggregate_seconds=aggregate,
-        publish_seconds=PUBLISH_NS * 1e-9 * parameters if publish is None else publish,
-        encode_seconds=ENCODE_NS * 1e-9 * parameters,
+        publish_seconds=CLOSE_SECONDS + PUBLISH_NS * 1e-9 * parameters
+        if publish is None
+        else publish,
+        encode_seconds=LEASE_SECONDS + ENCODE_NS * 1e-9 * parameters,
         apply_seconds=APPLY_NS * 1e-9 * parameters,
+        hear_seconds=HEAR_SECONDS,
+        artifact_seconds=ARTIFACT_SECONDS,
+        submit_seconds=SUBMIT_SECONDS,
     )

@@ -143,7 +143,7 @@ class VirtualControl:
 
     def _lease(self, opened: Mapping[int, tuple[RoundTask, str]]) -> None:
         world, now = self.world, self.world.now
-        ready, down, behind, tokens, speeds = {}, {}, {}, {}, {}
+        ready, down, behind, artifacts, tokens, speeds = {}, {}, {}, {}, {}, {}
         for index, (task, _) in opened.items():
             node = world.nodes[index]
             poll = task.poll_seconds
@@ -152,9 +152,10 @@ class VirtualControl:
             size, updates = lacks(node.version, task.base)
             down[index] = size + len(task.lease.blocks) * self._block_bytes()
             behind[index] = updates
+            artifacts[index] = updates + len(task.lease.blocks)
             tokens[index] = task.lease.tokens
-            speeds[index] = self._profiles[index].tokens_per_second
-        courses = self.timing.courses(now - EPOCH, ready, down, behind, tokens, speeds)
+            speeds[index] = self._profiles[index].speed_in(task.round)
+        courses = self.timing.courses(now - EPOCH, ready, down, behind, artifacts, tokens, speeds)
         self._open_until = EPOCH + surely_open(courses, tokens, self._close_at_share)
         for index, (task, text) in opened.items():
             course, node = courses[index], world.nodes[index]

@@ -10,11 +10,13 @@ events.jsonl what happened                          engine.log    of Flower, Ray
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from talkoot.protocol.messages import Signed, Verdict, canonical_bytes, parse
@@ -34,10 +36,19 @@ class Profile(BaseModel):
     recipe: str
     tokens_per_second: Annotated[float, Field(gt=0)]
     """Of the simulated device."""
+    speed_noise: float = 0.0
+    """Standard deviation of the logarithm of that, from round to round."""
     attack: str | None = None
     attack_from: int = 1
     """The round from which it lies."""
     seed: int = 0
+
+    def speed_in(self, number: int) -> float:
+        """Tokens a second in one round: the node's own speed, and what disturbs it this time."""
+        if not self.speed_noise:
+            return self.tokens_per_second
+        rng = np.random.default_rng([self.seed, 0x5EED, self.index, number])
+        return self.tokens_per_second * math.exp(self.speed_noise * float(rng.standard_normal()))
 
 
 @dataclass(frozen=True)

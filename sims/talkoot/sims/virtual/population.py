@@ -51,6 +51,7 @@ def profiles(scenario: Scenario, fleet: Fleet) -> list[Profile]:
                 population=fit.node_class.name,
                 recipe=_recipe(fit.node_class.population.recipe),
                 tokens_per_second=max(float(fleet.speed[index]), 1e-6),
+                speed_noise=float(fleet.noise[index]),
                 attack=kind,
                 attack_from=begins,
                 seed=scenario.seed,

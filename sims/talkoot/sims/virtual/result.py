@@ -27,7 +27,7 @@ from talkoot.server.ledger.schema import (
 from talkoot.sims.planning.fleet import Fleet
 from talkoot.sims.scenario import Scenario
 from talkoot.sims.virtual.layout import Profile
-from talkoot.sims.virtual.site import EPOCH, Site
+from talkoot.sims.virtual.site import EPOCH, Messages, Site
 from talkoot.sims.virtual.world import DAY, World
 
 EVENT_FIELDS: Final = (
@@ -85,6 +85,9 @@ class NodeFound:
     online_seconds: float
     bytes_up: int
     bytes_down: int
+    message_bytes_up: int = 0
+    """Reports and claims; ``bytes_up`` and ``bytes_down`` are artifacts."""
+    message_bytes_down: int = 0
 
 
 def write_result(
@@ -98,7 +101,8 @@ def write_result(
 ) -> None:
     """Write ``run.json``: all that the report and ``--json`` say."""
     rounds = _rounds(site)
-    nodes = _nodes(world, site, profiles)
+    messages = site.messages(world.now)
+    nodes = _nodes(world, site, profiles, messages)
     fleet = world.fleet
     for index in refused:
         nodes.append(_never_in(profiles[index]))
@@ -109,6 +113,7 @@ def write_result(
         "figures": found,
         "rounds": [asdict(row) for row in rounds],
         "nodes": [asdict(row) for row in nodes],
+        "messages": asdict(messages),
         "refused": Counter(refused.values()).most_common(20),
         "first_loss": found["first_loss"],
         "weights_digest": _newest_digest(site),
@@ -167,7 +172,9 @@ def _newest_digest(site: Site) -> str:
         return site.book.latest_version(session).weights_digest
 
 
-def _nodes(world: World, site: Site, profiles: Sequence[Profile]) -> list[NodeFound]:
+def _nodes(
+    world: World, site: Site, profiles: Sequence[Profile], messages: Messages
+) -> list[NodeFound]:
     lines = world.fleet.timelines
     indices = sorted(world.nodes)
     online = lines.online_seconds(np.array(indices, dtype=np.int64), world.now - EPOCH)
@@ -181,6 +188,7 @@ def _nodes(world: World, site: Site, profiles: Sequence[Profile]) -> list[NodeFo
                     ContributionRecord.node_id == record.node_id
                 )
             ).all()
+            said, heard = messages.of(seconds, len(tokens))
             found.append(
                 NodeFound(
                     name=profile.name,
@@ -193,6 +201,8 @@ def _nodes(world: World, site: Site, profiles: Sequence[Profile]) -> list[NodeFo
                     online_seconds=seconds,
                     bytes_up=node.bytes_up,
                     bytes_down=node.bytes_down,
+                    message_bytes_up=round(said),
+                    message_bytes_down=round(heard),
                 )
             )
     return found

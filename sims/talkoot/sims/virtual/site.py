@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from talkoot.client.enrol import Enrolment
 from talkoot.client.home import Home, Settings
@@ -21,11 +21,12 @@ from talkoot.protocol.messages import (
     Verdict,
     canonical_bytes,
 )
+from talkoot.protocol.recipes import REFERENCE
 from talkoot.server.book import Book
 from talkoot.server.config import Config
 from talkoot.server.coordinator import Coordinator
 from talkoot.server.desk import Desk
-from talkoot.server.ledger.schema import Node, NodeState
+from talkoot.server.ledger.schema import ContributionRecord, Node, NodeState
 from talkoot.server.registry import Registry
 from talkoot.server.setup import Identity, init
 from talkoot.sims.planning.fit import Fit, capability
@@ -77,6 +78,25 @@ class Register:
     def registered_nodes(self) -> dict[bytes, int]:
         """Those that keys were given."""
         return dict(self.known)
+
+
+@dataclass(frozen=True)
+class Messages:
+    """What a node says and hears beside artifacts: bytes of the real messages."""
+
+    seconds: float
+    """Between two reports."""
+    report: int
+    reply: int
+    claim: int
+    """A signed contribution."""
+    verdict: int
+
+    def of(self, seconds: float, contributions: float) -> tuple[float, float]:
+        """Bytes up and down of so many seconds and contributions."""
+        reports = seconds / self.seconds
+        up = reports * self.report + contributions * self.claim
+        return up, reports * self.reply + contributions * self.verdict
 
 
 class Site:
@@ -203,6 +223,40 @@ class Site:
                 healed=0,
                 started_unix=EPOCH,
             ),
+        )
+
+    def messages(self, now: float) -> Messages:
+        """What the messages of a training node weigh: real ones are made and measured."""
+        with self.coordinator.ledger.read() as session:
+            claims = [len(text) for text in session.scalars(select(ContributionRecord.signed))]
+            newest = self.book.latest_version(session)
+            version, digest = newest.version, newest.weights_digest
+        some = next(iter(self.node_ids.values()), None)
+        if some is None:
+            return Messages(1.0, 0, 0, 0, 0)
+        report = NodeReport(
+            state="training",
+            version=version,  # who lacks it is told where it is, which is longer and soon over
+            weights_digest=digest,
+            lease_id="0" * 32,
+            step=100,
+            steps=100,
+            loss=1.2345678901234567,
+            tokens_per_second=1234.567890123456,
+            bytes_up=10**7,
+            bytes_down=10**7,
+            healed=0,
+            started_unix=now + 0.1234567,
+            recipe=REFERENCE,
+        )
+        reply = self.desk.report(some, report)
+        verdict = Verdict(accepted=True, code="accepted", sentence="Accepted.")
+        return Messages(
+            seconds=reply.report_seconds,
+            report=len(canonical_bytes(report)),
+            reply=len(canonical_bytes(reply)),
+            claim=round(sum(claims) / max(len(claims), 1)),
+            verdict=len(canonical_bytes(verdict)),
         )
 
     def heard(self, indices: Sequence[int], moment: float) -> None:

@@ -14,7 +14,10 @@ import numpy as np
 
 from talkoot.sims.planning.fleet import MBIT, Fleet
 from talkoot.sims.planning.many import fair_rate
-from talkoot.sims.planning.sizes import WIRE, Sizes
+from talkoot.sims.planning.sizes import (
+    WIRE,
+    Sizes,
+)
 from talkoot.sims.scenario import Scenario
 
 
@@ -52,6 +55,7 @@ class Timing:
         ready: Mapping[int, float],
         down: Mapping[int, int],
         behind: Mapping[int, int],
+        artifacts: Mapping[int, int],
         tokens: Mapping[int, int],
         speeds: Mapping[int, float],
     ) -> dict[int, Course]:
@@ -62,6 +66,7 @@ class Timing:
             ready: by node: when it can begin (it may still be at an earlier lease).
             down: bytes to fetch.
             behind: updates to apply.
+            artifacts: to fetch, one after the other: each costs a round trip.
             tokens: of the lease.
             speeds: tokens a second.
         """
@@ -70,7 +75,11 @@ class Timing:
         found = {}
         for node, rate in zip(down, rates, strict=True):
             begin = max(sent, ready[node])
-            wait = down[node] / rate + 4 * float(fleet.latency[node])
+            trips = artifacts[node] * (float(fleet.latency[node]) + self.sizes.artifact_seconds)
+            # Flower's message is three calls: the pull, its objects, the word that they came.
+            wait = (
+                self.sizes.hear_seconds + 3 * float(fleet.latency[node]) + trips + down[node] / rate
+            )
             fetched = self.after(node, begin, wait + behind[node] * self.sizes.apply_seconds)
             work = tokens[node] / speeds[node] + self.sizes.encode_seconds
             trained = self.after(node, fetched, work)
@@ -84,8 +93,9 @@ class Timing:
         """
         fleet = self._fleet
         rate = min(float(fleet.up[node]) / WIRE, self._ingress / max(together, 1))
-        seconds = up / rate + 2 * float(fleet.latency[node]) + self.sizes.verify_seconds
-        return self.after(node, trained, seconds)
+        # Asked, pushed and claimed: three round trips.
+        seconds = up / rate + 3 * float(fleet.latency[node]) + self.sizes.verify_seconds
+        return self.after(node, trained, seconds + self.sizes.submit_seconds)
 
     def fetching(self, node: int, moment: float, size: int, updates: int) -> float:
         """When a node that catches up outside a round has ``size`` bytes."""

@@ -87,7 +87,7 @@ class VirtualTrainer:
             task = _message(RoundTask, arguments["task"])
             result = self._train(task, [Path(path) for path in arguments["blocks"]])
             self._layout.note_steps(task.round, result.get("training_seconds", 0.0))
-            speed = self._profile.tokens_per_second
+            speed = self._profile.speed_in(task.round)
             return {**result, "training_seconds": result["tokens"] / speed}
         if op == "settle":
             return trainer.settle(arguments["lease_id"], arguments["accepted"])
