@@ -36,8 +36,8 @@ torch.set_num_threads(1)
 
 TOPK = CodecSpec(chunk=128, keep=16, value_bits=4)
 DENSE = CodecSpec(kind="dense")
-SGD = OuterSpec()
-NESTEROV = OuterSpec(optimizer="nesterov", learning_rate=0.7, momentum=0.9)
+SGD = OuterSpec(feedback_decay=1.0)
+NESTEROV = OuterSpec(optimizer="nesterov", learning_rate=0.7, momentum=0.9, feedback_decay=1.0)
 Weights = dict[str, torch.Tensor]
 
 
@@ -117,6 +117,30 @@ def test_a_round_equals_the_naive_dense_reference(tmp_path: Path, uplink: CodecS
         torch.testing.assert_close(new[name], (old[name] - value).float(), rtol=1e-6, atol=1e-6)
     squares = sum(float(value.square().sum()) for value in expected.values())
     assert result.gradient_norm == pytest.approx(math.sqrt(squares), rel=1e-5)
+
+
+def test_of_what_an_update_leaves_out_the_decay_is_kept_and_the_rounding_of_the_rest_whole(
+    tmp_path: Path,
+) -> None:
+    manifest, state = start(tmp_path)
+    part = contribute(tmp_path / "c", manifest, DENSE, gradient(1, 1.0), 1)
+    kept, decayed = (
+        aggregate_round(
+            *(manifest, state, [part], DENSE, TOPK),
+            OuterSpec(learning_rate=SGD.learning_rate, feedback_decay=decay),
+            tmp_path / f"decay{decay}",
+        )
+        for decay in (1.0, 0.25)
+    )
+    assert kept.update_digest == decayed.update_digest
+    whole, less = load_file(kept.state.feedback_path), load_file(decayed.state.feedback_path)
+    reader = PayloadReader(kept.update_path, manifest, TOPK)
+    for tensor in manifest.tensors:
+        sent = reader.decode(tensor.name).indices
+        expected = 0.25 * whole[tensor.name].flatten()
+        expected[sent] = whole[tensor.name].flatten()[sent]
+        assert 0 < len(sent) < tensor.numel
+        assert torch.equal(less[tensor.name].flatten(), expected)
 
 
 def test_every_node_that_applies_the_update_has_the_published_weights(tmp_path: Path) -> None:

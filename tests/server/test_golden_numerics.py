@@ -85,8 +85,10 @@ def test_the_codec_writes_and_reads_as_it_always_did(which: int) -> None:
 def test_the_outer_step_is_what_it_always_was() -> None:
     measured: dict[str, list[float]] = {}
     for name, spec in {
-        "sgd": OuterSpec(learning_rate=0.8),
-        "nesterov": OuterSpec(optimizer="nesterov", learning_rate=0.7, momentum=0.9),
+        "sgd": OuterSpec(learning_rate=0.8, feedback_decay=1.0),
+        "nesterov": OuterSpec(
+            optimizer="nesterov", learning_rate=0.7, momentum=0.9, feedback_decay=1.0
+        ),
     }.items():
         master, momentum = numbers(24, 1), None
         for step in range(4):
@@ -117,7 +119,7 @@ def test_a_whole_round_is_what_it_always_was(tmp_path: Path) -> None:
         write_payload(path, manifest, spec, items, {})
         norm = verify_payload(path, manifest, spec).l2_norm
         parts.append(ContributionInput(path, 1000 * (node + 1), norm, path.name))
-    outer = OuterSpec(optimizer="nesterov", learning_rate=0.7, momentum=0.9)
+    outer = OuterSpec(optimizer="nesterov", learning_rate=0.7, momentum=0.9, feedback_decay=1.0)
     state = VersionDir(tmp_path / "v0")
     for version in (1, 2):
         result = aggregate_round(

@@ -106,7 +106,7 @@ class _Done:
 
 
 class _Buffers:
-    """Memory for one section: its published weights and its distance to the master weights."""
+    """Memory for one section: its published weights and what they lack."""
 
     def __init__(self, elements: int) -> None:
         self.published = np.empty(4 * elements, dtype=np.uint8)
@@ -220,7 +220,7 @@ class Closing:
         return held[0, :elements], held[1, :elements]
 
     def _step(self, job: _Job, total: bits.F32, mean: bits.F32) -> None:
-        """Move ``total``, the master weights less the published ones, by one outer step."""
+        """Move ``total``, what the published weights lack, by one outer step."""
         name, at = job.spec.name, 4 * job.start
         momentum: Tensor | None = None
         if self._old.momentum is not None:
@@ -243,12 +243,16 @@ class Closing:
 
     def _publish(self, job: _Job, raw: bits.U8, total: bits.F32, sent: SparseTensor) -> None:
         """Add what is sent to the published weights, as a node does, and leave in ``total`` what
-        they still lack, the rounding of their dtype included."""
+        they still lack: the rounding of what was sent, and a share of what was not."""
         published = torch.from_numpy(raw).view(_DTYPES[job.spec.dtype])
         before, after = add_sparse_(published, sent)
         if not bool(torch.isfinite(after).all()):
             raise _not_finite(job.spec.name)
-        torch.from_numpy(total)[sent.indices] -= after.float() - before.float()
+        lacking = torch.from_numpy(total)
+        rounding = lacking[sent.indices] - (after.float() - before.float())
+        if self._outer.feedback_decay < 1:
+            lacking *= self._outer.feedback_decay
+        lacking[sent.indices] = rounding
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

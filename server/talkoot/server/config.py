@@ -133,14 +133,6 @@ class RoundSection(_Section):
     """How many of those to keep; older ones go an hour after nothing refers to them."""
 
 
-class InnerSection(InnerSpec):
-    """The inner optimizer and its schedule; a run that is older than ``wsd`` keeps its cosine."""
-
-    schedule: Literal["cosine", "wsd"] = "wsd"
-    """From warm-up to ``total_tokens``: half a cosine, or warm-up, stable, decay: the peak until
-    the last ``decay_share`` of the tokens, and a straight line down over those."""
-
-
 class DownlinkSection(CodecSpec):
     """The codec of published updates: denser than the uplink's."""
 
@@ -278,11 +270,11 @@ class Config(_Section):
     tokenizer: TokenizerSection = TokenizerSection()
     corpus: CorpusSection = CorpusSection()
     round: RoundSection = RoundSection()
-    inner: InnerSection = InnerSection()
+    inner: InnerSpec = InnerSpec()
     outer: OuterSpec = OuterSpec()
     uplink: CodecSpec = CodecSpec()
     downlink: DownlinkSection = DownlinkSection()
-    feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.95
+    feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.8
     """Of what a node did not send, from round to round (its error feedback)."""
     network: NetworkSection = NetworkSection()
     admission: AdmissionSection = AdmissionSection()

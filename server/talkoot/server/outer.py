@@ -29,6 +29,9 @@ class OuterSpec(Message):
     """Of the averaged pseudo-gradient."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of ``nesterov``; ``sgd`` does not read it."""
+    feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Of what an update left out, from round to round (the coordinator's error feedback). Nodes do
+    not see what is held back and find part of it again, so that at 1 it is applied twice."""
 
     @property
     def has_state(self) -> bool:

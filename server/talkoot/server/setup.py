@@ -23,7 +23,6 @@ from talkoot.protocol.messages import (
     AdapterSpec,
     ArtifactRef,
     CodecSpec,
-    InnerSpec,
     RunSpec,
     canonical_bytes,
 )
@@ -135,7 +134,7 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
         parameters=manifest.parameters,
         sequence_length=config.model.sequence_length,
         micro_batch=config.model.micro_batch,
-        inner=InnerSpec(**config.inner.model_dump()),
+        inner=config.inner,
         uplink=config.uplink,
         downlink=CodecSpec(**config.downlink.model_dump()),
         feedback_decay=config.feedback_decay,

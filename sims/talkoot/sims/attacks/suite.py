@@ -69,7 +69,8 @@ def make_state(root: Path, size: Size, seed: int) -> Path:
         "num_hidden_layers": size.layers,
     }
     (root / "model.json").write_text(json.dumps(model))
-    total = size.rounds * (HONEST_NODES + LIARS) * size.tokens
+    # Of the honest alone: else the schedule of an arm whose liars were shut out would not end.
+    total = size.rounds * HONEST_NODES * size.tokens
     config = parse_config(f"""
 [run]
 name = "attacks"

@@ -27,7 +27,7 @@ from talkoot.protocol.corpus import (
 )
 from talkoot.protocol.errors import ConfigError
 from talkoot.protocol.manifest import Manifest, manifest_of
-from talkoot.protocol.messages import ArtifactRef, CodecSpec, InnerSpec, RunSpec
+from talkoot.protocol.messages import ArtifactRef, CodecSpec, RunSpec
 from talkoot.protocol.model import build_model, config_bytes, named_trainable
 from talkoot.protocol.tokenizer import load_tokenizer
 from talkoot.server.config import Config
@@ -90,7 +90,7 @@ class World:
             parameters=self.manifest.parameters,
             sequence_length=config.model.sequence_length,
             micro_batch=config.model.micro_batch,
-            inner=InnerSpec(**config.inner.model_dump()),
+            inner=config.inner,
             uplink=config.uplink,
             downlink=CodecSpec(**config.downlink.model_dump()),
             feedback_decay=config.feedback_decay,

@@ -16,7 +16,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from talkoot.protocol.limits import GIB
-from talkoot.protocol.messages import CodecSpec
+from talkoot.protocol.messages import CodecSpec, InnerSpec
 from talkoot.server.config import (
     AdmissionSection,
     BeliefSection,
@@ -24,7 +24,6 @@ from talkoot.server.config import (
     CorpusSection,
     DownlinkSection,
     EvaluationSection,
-    InnerSection,
     ModelSection,
     NetworkSection,
     RoundSection,
@@ -71,11 +70,11 @@ class Rules(_Part):
     """The sections of an operator's configuration that change how the network behaves."""
 
     round: RoundSection = RoundSection()
-    inner: InnerSection = InnerSection()
+    inner: InnerSpec = InnerSpec()
     outer: OuterSpec = OuterSpec()
     uplink: CodecSpec = CodecSpec()
     downlink: DownlinkSection = DownlinkSection()
-    feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.95
+    feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.8
     """Of what a node did not send, from round to round."""
     admission: AdmissionSection = AdmissionSection()
     aggregation: AggregationSpec = AggregationSpec()
