@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from talkoot.client.caps import Caps
+from talkoot.client.caps import OVER_MAX_DISK, Caps
 from talkoot.client.choice import Choice, basis, choose, held_against
 from talkoot.client.hardware import disk_room
 from talkoot.client.home import Home, Settings
 from talkoot.client.trainer_host import TrainerHost
 from talkoot.client.worker import Worker
 from talkoot.protocol.errors import CapacityError
+from talkoot.protocol.files import bytes_below
 from talkoot.protocol.memory import MemoryPlan, predict
 from talkoot.protocol.messages import Capability
 from talkoot.protocol.model import preset
@@ -193,9 +194,13 @@ class Node:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCoordinator]:
-    root = tmp_path_factory.mktemp("choice")
-    with InProcessCoordinator(nano_state(root), root / "operator") as site:
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return nano_state(tmp_path_factory.mktemp("choice"))
+
+
+@pytest.fixture
+def site(state: Path, tmp_path: Path) -> Iterator[InProcessCoordinator]:
+    with InProcessCoordinator(state, tmp_path / "operator") as site:
         yield site
 
 
@@ -265,3 +270,43 @@ def test_where_the_coordinator_wants_more_room_the_node_steps_down_by_itself(nod
     assert node.said[-1].endswith(f"Trying {names[1]} instead.")
     worker.close()
     assert node.start().recipe == names[1]
+
+
+def test_a_cap_on_disk_that_is_reached_in_a_lease_ends_it_with_the_work_kept(node: Node) -> None:
+    worker = node.start()
+    assert worker.prove().accepted
+    assert worker.execute(node.site.lease(node.node_id)).accepted
+    held = bytes_below(node.home.root)
+    node.home.save(node.home.settings_path, Settings(
+        device="cpu", threads=1, checkpoint_seconds=0.01, max_disk_bytes=held + 2**16
+    ))  # fmt: skip
+    assert node.trainer is not None
+    node.trainer.close()
+    # As if files had grown since the choice: the plan's own sum would not have let it begin.
+    worker.trainer = node.trainer = TrainerHost.of(node.home)
+    worker._open(worker._choice)  # type: ignore[arg-type]
+    task = node.site.lease(node.node_id)
+    with pytest.raises(CapacityError, match="raise it with 'talkoot join --max-disk'") as refused:
+        worker.execute(task)
+    assert refused.value.code == OVER_MAX_DISK
+    assert bytes_below(node.home.root) <= held + 2**16
+    worker.close()
+
+    worker = node.start()
+    assert worker.execute(task).accepted
+    worker.close()
+
+
+def test_nothing_is_fetched_that_would_be_over_the_cap_on_disk(node: Node) -> None:
+    worker = node.start()
+    worker._settings = worker._settings.model_copy(
+        update={"max_disk_bytes": bytes_below(node.home.root) + 2**10}
+    )
+    assert worker.prove().accepted
+    task = node.site.lease(node.node_id)
+    before = worker.meter.bytes_down
+    with pytest.raises(CapacityError) as refused:
+        worker.execute(task)
+    assert refused.value.code == OVER_MAX_DISK
+    assert worker.meter.bytes_down - before < 2**14
+    worker.close()

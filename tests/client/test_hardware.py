@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from talkoot.client.caps import Caps
-from talkoot.client.hardware import cgroup_limit, measure_in_child
+from talkoot.client.hardware import (
+    cgroup_limit,
+    device_users_in_child,
+    measure_in_child,
+    users_by_nvml,
+)
 from talkoot.protocol.errors import CapacityError
 
 CAP = 2 * 2**30
@@ -60,3 +67,33 @@ def test_in_a_container_the_mounts_root_is_the_cgroup(tmp_path: Path) -> None:
 def test_no_limit_is_none(tmp_path: Path) -> None:
     assert cgroup_limit(tmp_path, "0::/\n") is None
     assert cgroup_limit(tmp_path, "garbage") is None
+
+
+def driver_that_sees(pid: int) -> SimpleNamespace:
+    """What NVML says on a machine with a GPU, in its own words: there is none here."""
+    mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=7)
+    other = SimpleNamespace(pid=pid, usedGpuMemory=2**30)
+    gone = SimpleNamespace(pid=2**22 + 1, usedGpuMemory=None)
+    calls: list[str] = []
+    return SimpleNamespace(
+        calls=calls,
+        nvmlInit=lambda: calls.append("init"),
+        nvmlShutdown=lambda: calls.append("shutdown"),
+        nvmlDeviceGetHandleByUUID=calls.append,
+        nvmlDeviceGetComputeRunningProcesses=lambda _handle: [mine, other],
+        nvmlDeviceGetGraphicsRunningProcesses=lambda _handle: [gone, other],
+    )
+
+
+def test_who_else_uses_a_device_is_told_once_and_most_first() -> None:
+    other = os.getppid()
+    driver = driver_that_sees(other)
+    users = users_by_nvml(driver, "GPU-1")
+    assert [(user["pid"], user["bytes"]) for user in users] == [(other, 2**30), (2**22 + 1, None)]
+    assert users[0]["name"]
+    assert users[1]["name"] == "unknown"
+    assert driver.calls == ["init", "GPU-1", "shutdown"]
+
+
+def test_without_nvml_nothing_is_said_of_who_uses_the_device() -> None:
+    assert device_users_in_child("cpu") == []

@@ -24,6 +24,8 @@ from talkoot.sims.local import Command, LocalNetwork
 pytestmark = pytest.mark.e2e
 
 ROUNDS = 8
+RECIPES = {"ada": None, "ben": "fp32-adamw-ckpt", "cyd": "bf16-backward-adafactor"}
+"""Whom which is told; ada takes the fastest that fits."""
 JOIN_FLAGS = ("--threads", "1", "--checkpoint-seconds", "0.2")
 
 
@@ -37,9 +39,9 @@ def test_three_volunteers_train_to_the_end_and_hold_the_ledgers_weights_bit_for_
     network.serve()
     network.wait_for("the coordinator", lambda _: True, 90)
     url = network.invite(3)
-    names = ("ada", "ben", "cyd")
-    for name in names:
-        network.join(name, url, *JOIN_FLAGS)
+    names = tuple(RECIPES)
+    for name, recipe in RECIPES.items():
+        network.join(name, url, *JOIN_FLAGS, *([] if recipe is None else ["--recipe", recipe]))
     network.wait_for(
         "everybody's first contribution",
         lambda s: len(s["nodes"]) == 3 and all(n["contributions"] for n in s["nodes"]),
@@ -106,6 +108,9 @@ def _operator_sees_it_all(network: LocalNetwork) -> None:
         )
         assert told["contributions"] == node["contributions"]
         assert told["version"] == ROUNDS
+        assert told["recipe"] == (RECIPES[node["name"]] or "fp32-adamw")
+    shown = network.run("talkoot-coordinator", "nodes", "show", "cyd", *state)
+    assert f"recipe {RECIPES['cyd']}" in shown
 
 
 def _each_block_was_committed_once(network: LocalNetwork) -> None:

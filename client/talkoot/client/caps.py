@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from talkoot.protocol.errors import CapacityError
+from talkoot.protocol.files import bytes_below
+from talkoot.protocol.sizes import format_size
+
+OVER_MAX_DISK: Final = "over-max-disk"
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,24 @@ class Caps:
         """For a child process that :func:`add_arguments` was told to."""
         given = (("--max-vram", self.vram), ("--max-ram", self.ram), ("--max-disk", self.disk))
         return [part for name, size in given if size is not None for part in (name, str(size))]
+
+
+def require_room(home: Path, size: int, max_disk: int | None) -> None:
+    """See that ``size`` more bytes below ``home`` stay under the volunteer's cap.
+
+    Raises:
+        CapacityError: code ``"over-max-disk"``: they do not.
+    """
+    if max_disk is None:
+        return
+    held = bytes_below(home)
+    if held + size > max_disk:
+        raise CapacityError(
+            f"The node at {home} takes {format_size(held)} of disk, and {format_size(size)} more "
+            f"would be over its cap of {format_size(max_disk)}: raise it with 'talkoot join "
+            "--max-disk'; nothing is lost.",
+            code=OVER_MAX_DISK,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

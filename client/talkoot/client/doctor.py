@@ -6,7 +6,7 @@ from typing import Any
 
 from talkoot.client.choice import MARGIN, held_against
 from talkoot.client.enrol import Enrolment
-from talkoot.client.hardware import measure_in_child
+from talkoot.client.hardware import device_users_in_child, measure_in_child
 from talkoot.client.home import Home, Settings
 from talkoot.protocol.memory import format_size
 from talkoot.protocol.model import named_config
@@ -29,6 +29,7 @@ def examine(
     capability = measure_in_child(settings.device, settings.caps, home.root)
     findings: dict[str, Any] = {
         "capability": capability.model_dump(mode="json"),
+        "device_users": device_users_in_child(settings.device),
         "model": model,
         "recipe": None,
         "recipes": None,
@@ -60,7 +61,12 @@ def _coordinator(home: Home) -> dict[str, Any] | None:
     import time
 
     enrolment = Enrolment.load(home.enrolment)
-    out: dict[str, Any] = {"host": enrolment.host}
+    counters = home.counters()
+    out: dict[str, Any] = {
+        "host": enrolment.host,
+        "link_down": counters.link_down,
+        "link_up": counters.link_up,
+    }
     ports = (("gateway", enrolment.gateway_port), ("transfer", enrolment.transfer_port))
     for name, port in ports:
         start = time.monotonic()
@@ -80,6 +86,10 @@ def print_findings(findings: dict[str, Any]) -> None:
         f"  memory {format_size(has['device_free_bytes'])} free of "
         f"{format_size(has['device_total_bytes'])}"
     )
+    for user in findings["device_users"]:
+        size = user["bytes"]
+        held = "memory that the driver does not tell" if size is None else format_size(size)
+        print(f"  used by {user['name']} (process {user['pid']}): {held}")
     print(
         f"host     {has['cpu_count']} CPUs, {format_size(has['host_free_bytes'])} free of "
         f"{format_size(has['host_total_bytes'])}, disk {format_size(has['disk_free_bytes'])} free"
@@ -91,6 +101,9 @@ def print_findings(findings: dict[str, Any]) -> None:
             port = link[name]
             told = port.get("error") or f"answers in {1000 * port['connect_seconds']:.0f} ms"
             print(f"{name:8} {link['host']}:{port['port']} {told}")
+        rates = [f"{way} {format_size(int(rate))}/s" for way, rate in _rates(link)]
+        if rates:
+            print(f"line     {', '.join(rates)}, when this node last transferred something large")
     if findings["recipes"] is None:
         return
     print(f"replica of {findings['model']} (with a margin of {MARGIN:g}):")
@@ -102,6 +115,11 @@ def print_findings(findings: dict[str, Any]) -> None:
     print("No recipe fits. The cheapest ways to make one fit:")
     for number, way in enumerate(findings["ways_to_fit"], 1):
         print(f"  {number}. {way}")
+
+
+def _rates(link: dict[str, Any]) -> list[tuple[str, float]]:
+    known = (("down", link["link_down"]), ("up", link["link_up"]))
+    return [(way, rate) for way, rate in known if rate is not None]
 
 
 def _row(fit: Fit) -> dict[str, Any]:

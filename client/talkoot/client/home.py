@@ -66,6 +66,9 @@ class Counters(Message):
     """What the last accepted proof was made with."""
     proved_basis: Digest | None = None
     """What that proof rested on: see ``choice.py``."""
+    link_down: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Bytes a second of the last transfer that was worth timing, under the volunteer's limits."""
+    link_up: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     chosen_recipe: Annotated[str, Field(max_length=64)] | None = None
     """What was begun with then."""
     settled_lease: LeaseId | None = None

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from talkoot.client.caps import OVER_MAX_DISK, require_room
 from talkoot.client.choice import LACKS_ROOM, Choice, basis, choose, held_against
 from talkoot.client.enrol import Enrolment
 from talkoot.client.fresh import Seen, see_head, see_task, see_version
@@ -26,7 +27,7 @@ from talkoot.client.membership import Membership
 from talkoot.client.pace import Meter, TransferOptions
 from talkoot.client.plane import DataPlane, Trains
 from talkoot.client.trainer_host import TrainerHost
-from talkoot.client.transfer import TransferClient
+from talkoot.client.transfer import FETCH_OWNER, TransferClient
 from talkoot.protocol import faults
 from talkoot.protocol.artifacts import ArtifactStore
 from talkoot.protocol.corpus import CorpusManifest, block_digest
@@ -41,6 +42,7 @@ from talkoot.protocol.errors import (
 )
 from talkoot.protocol.files import DirectoryLock
 from talkoot.protocol.identity import NodeKey, load_public_key, verify
+from talkoot.protocol.ingest import received_bytes
 from talkoot.protocol.limits import MAX_JSON_ARTIFACT, MIB, PROTOCOL_VERSION
 from talkoot.protocol.messages import (
     ArtifactRef,
@@ -76,6 +78,8 @@ REREAD_BYTES = 64 * MIB
 MAX_TRAINER_DEATHS = 3
 """In one lease; a node that cannot hold on gives the lease back."""
 REPLICA_DIFFERS = "replica-differs"
+LINK_BYTES = MIB
+"""Less than that says more of round trips than of a line."""
 MIRROR_LIST_SECONDS = 600.0
 """For so long a list of mirrors is good."""
 DISK_FULL = "disk-full"
@@ -322,7 +326,22 @@ class Worker:
     def _fetch(self, ref: ArtifactRef) -> Path:
         self._learn_mirrors()
         self._drop_damaged(ref)
-        return self.transfer.fetch(ref, self._store, should_stop=self.should_stop)
+        if not self._store.has(ref.digest):
+            incoming = self._store.incoming
+            here = received_bytes(incoming, FETCH_OWNER, ref.digest, ref.size_bytes)
+            require_room(self.home.root, ref.size_bytes - here, self._settings.max_disk_bytes)
+        with self._timed("link_down"):
+            return self.transfer.fetch(ref, self._store, should_stop=self.should_stop)
+
+    @contextmanager
+    def _timed(self, direction: Literal["link_down", "link_up"]) -> Iterator[None]:
+        """Note how fast the line was, when enough went over it."""
+        meter = self.meter
+        before, began = meter.bytes_down + meter.bytes_up, time.monotonic()
+        yield
+        moved = meter.bytes_down + meter.bytes_up - before
+        if moved >= LINK_BYTES:
+            self.save_counters(**{direction: moved / max(time.monotonic() - began, 1e-3)})
 
     def _drop_damaged(self, ref: ArtifactRef) -> None:
         """Forget a copy that has another size by now or, if it is small, other bytes.
@@ -599,9 +618,10 @@ class Worker:
     ) -> Verdict:
         try:
             faults.place("node.before-push")
-            self.transfer.push(
-                lease_id, payload, Path(result["payload_path"]), should_stop=self.should_stop
-            )
+            with self._timed("link_up"):
+                self.transfer.push(
+                    lease_id, payload, Path(result["payload_path"]), should_stop=self.should_stop
+                )
             faults.place("node.before-submit")
             return self.transfer.submit(signed)
         except RefusedError as err:
@@ -772,11 +792,12 @@ def set_current(worker: Worker | None) -> None:
 def goes_on_later(err: TalkootError) -> bool:
     """Whether a lease that ended with this error is kept, and taken up again by the daemon.
 
-    One whose disk has turned read-only ends first: its owner has to see to that.
+    One whose disk has turned read-only, or whose files reach the cap on them, ends first: its
+    owner has to see to that.
     """
     if _current is None or err.code == "trainer-died":  # that often, it is not worth waiting for
         return False
-    return isinstance(err, UnavailableError) or err.code in (DISK_FULL, READ_ONLY)
+    return isinstance(err, UnavailableError) or err.code in (DISK_FULL, READ_ONLY, OVER_MAX_DISK)
 
 
 def tell_given_back(err: TalkootError) -> None:

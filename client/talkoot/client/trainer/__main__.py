@@ -108,7 +108,10 @@ class Server:
         self._requests = requests
         self._out = out
         self._trainer = Trainer(
-            options.work, options.device, checkpoint_seconds=options.checkpoint_seconds
+            options.work,
+            options.device,
+            checkpoint_seconds=options.checkpoint_seconds,
+            max_disk=self._caps.disk,
         )
 
     def _send(self, reply: dict[str, Any]) -> None:

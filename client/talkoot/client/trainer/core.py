@@ -80,6 +80,7 @@ class Trainer:
         recipe: how the replica is held; a name that is one for the kind of run
             (``recipes.py``). ``None`` takes that kind's reference.
         checkpoint_seconds: time between checkpoints of a lease; 0 is one a step.
+        max_disk: bytes that all files in the directory above ``root`` may take.
 
     All operations return JSON-ready dictionaries and raise :class:`TalkootError`.
     """
@@ -91,8 +92,10 @@ class Trainer:
         *,
         recipe: str | None = None,
         checkpoint_seconds: float = 10.0,
+        max_disk: int | None = None,
     ) -> None:
         self._root = root
+        self._max_disk = max_disk
         self._device = _choose_device(device)
         self._checkpoint_seconds = checkpoint_seconds
         self._chosen = recipe
@@ -152,7 +155,7 @@ class Trainer:
                 f"{manifest.parameters}: the operator must publish both from one model.",
                 code="manifest-mismatch",
             )
-        work = WorkDir(self._root, spec.run_id, spec.manifest.digest)
+        work = WorkDir(self._root, spec.run_id, spec.manifest.digest, max_disk=self._max_disk)
         falls = work.state.falls
         if falls and falls[0].before != choice[0].name:
             falls = ()
@@ -178,7 +181,7 @@ class Trainer:
         """
         run = self._opened
         self._root = root
-        work = WorkDir(root, run.spec.run_id, run.spec.manifest.digest)
+        work = WorkDir(root, run.spec.run_id, run.spec.manifest.digest, max_disk=self._max_disk)
         self._run = replace(run, work=work)
 
     @property
@@ -353,10 +356,12 @@ class Trainer:
         if copy:
             # A copy and not a link: the replica must not change when its source does.
             reader = WeightsReader(source, run.manifest)
+            run.work.require_room(source.stat().st_size)
             reached = run.work.fresh("published")
             digest = save_weights(run.work.path(reached), run.manifest, reader.get)
         for update in updates:
             before = source if reached is None else run.work.path(reached)
+            run.work.require_room(before.stat().st_size)
             name = run.work.fresh("published")
             digest = apply_update(
                 run.manifest, before, update, run.spec.downlink, run.work.path(name)
@@ -576,6 +581,7 @@ class Trainer:
         manifest = run.manifest.as_float32()
         kept = WeightsReader(run.work.path(state.feedback), manifest)
         path = run.work.payload_path(state.done.lease_id)
+        run.work.require_room(4 * manifest.parameters)
         name = run.work.fresh("feedback")
         payload = PayloadReader(path, run.manifest, run.spec.uplink)
         with WeightsWriter(run.work.path(name), manifest) as writer:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from talkoot.client.trainer.falls import is_out_of_memory
-from talkoot.client.trainer.tensors import load_tensors, open_tensors, save_tensors
+from talkoot.client.trainer.tensors import bytes_of, load_tensors, open_tensors, save_tensors
 from talkoot.client.trainer.workdir import Checkpoint, LeaseResult, Moments, Published, WorkDir
 from talkoot.protocol import faults
 from talkoot.protocol.artifacts import sha256_file
@@ -116,6 +116,7 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
         step, loss_sum, seconds = checkpoint.step, checkpoint.loss_sum, checkpoint.training_seconds
 
     def save() -> Checkpoint:
+        job.work.require_room(bytes_of(replica.weights()) + bytes_of(replica.state()))
         saved = Checkpoint(
             lease_id=task.lease.lease_id,
             base_digest=job.base.digest,
@@ -218,6 +219,7 @@ def _encode(job: LeaseJob, checkpoint: Checkpoint) -> LeaseResult:
         if work.state.feedback is not None
         else None
     )
+    work.require_room(4 * job.manifest.parameters)
     feedback = work.fresh("feedback")
     payload = work.payload_path(lease_id)
 

@@ -35,6 +35,11 @@ def _entry(name: str, tensor: Tensor) -> Entry:
     return Entry(name, _NAMES[tensor.dtype], tuple(tensor.shape), size)
 
 
+def bytes_of(tensors: Named) -> int:
+    """What they take in a file."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
+
+
 def save_tensors(path: Path, tensors: Named) -> None:
     """Write ``tensors``; the file appears whole or not at all.
 

@@ -20,6 +20,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
+from talkoot.client.caps import require_room
 from talkoot.protocol import limits
 from talkoot.protocol.errors import ProtocolError, StateError
 from talkoot.protocol.files import fsync_dir, write_atomic
@@ -116,11 +117,16 @@ class Checkpoint(Message):
 class WorkDir:
     """The trainer's directory for one run.
 
+    Its parent is the node's home, to which ``max_disk`` (bytes) applies.
+
     Raises :class:`StateError` when the directory belongs to another run or model, or is damaged.
     """
 
-    def __init__(self, root: Path, run_id: str, manifest_digest: str) -> None:
+    def __init__(
+        self, root: Path, run_id: str, manifest_digest: str, *, max_disk: int | None = None
+    ) -> None:
         self.root: Final = root
+        self._max_disk = max_disk
         self._tensors = root / "tensors"
         self._leases = root / "leases"
         self._tensors.mkdir(parents=True, exist_ok=True)
@@ -151,6 +157,14 @@ class WorkDir:
     def fresh(self, kind: str) -> str:
         """A name that no file has had."""
         return f"{kind}-{secrets.token_hex(8)}.safetensors"
+
+    def require_room(self, size: int) -> None:
+        """See that a file of ``size`` bytes stays under the cap on all of the node's files.
+
+        Raises:
+            CapacityError: code ``"over-max-disk"``: it does not.
+        """
+        require_room(self.root.absolute().parent, size, self._max_disk)
 
     def payload_path(self, lease_id: str) -> Path:
         """Where the payload of a lease is or will be; its directory exists afterwards."""
