@@ -77,6 +77,7 @@ def chaos(
         bool, typer.Option("--postgres", help="The soak's ledger on a private PostgreSQL.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Where networks and figures go.")] = Path("runs/chaos"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print chaos.json at the end.")] = False,
 ) -> None:
     """Kill every process of a real network, again and again, and audit it after each death."""
     from talkoot.sims.chaos.run import QUICK, ChaosOptions, run_chaos
@@ -86,7 +87,10 @@ def chaos(
     options = ChaosOptions(
         out.absolute(), seed=seed, postgres=postgres, **{**(QUICK if quick else {}), **given}
     )
-    document = run_chaos(options, typer.echo)
+    document = run_chaos(options, lambda line: typer.echo(line, err=as_json))
+    if as_json:
+        typer.echo(json.dumps(document, indent=1))
+        return
     typer.echo(
         f"{document['soak']['kills']} kills survived, nothing lost; figures in "
         f"{options.out / 'chaos.json'}"
