@@ -138,7 +138,7 @@ def test_a_fall_in_the_backward_pass_of_a_recipe_that_updates_there_goes_back_to
     monkeypatch.setattr(Replica, "step", fails_at({3}, "backward"))
     steps: list[int] = []
     trainer.train(task, blocks, on_progress=lambda r: steps.append(r.get("step", 0)))
-    assert trainer.state()["recipe"] == "fp32-backward-adamw8"
+    assert trainer.state()["recipe"] == "fp32-backward-adafactor"
     assert trainer._opened.work.state.falls[0].step == 2
 
 

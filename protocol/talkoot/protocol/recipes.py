@@ -63,9 +63,14 @@ class Recipe:
     extra: str | None = None
     """The extra of talkoot that brings ``package``."""
     cpu_speed: float = 1.0
-    """Tokens a second on a CPU relative to fp32-adamw, measured (``bench/recipes.py``)."""
+    """Tokens a second of a CPU without bf16 units relative to fp32-adamw (of adapter runs: to
+    lora-fp32). Measured: a model of 4 M parameters, one core held to AVX2
+    (``bench/cases/recipes.py``). With AVX-512's bf16 units amp-adamw was 1.46 times as fast as
+    fp32-adamw there, and the others in bf16 0.4 to 1.15 times; few volunteers' CPUs have them, and
+    without them it is a tenth. Who has them can ask for one (``talkoot join --recipe``)."""
     accelerator_speed: float = 1.0
-    """The same on an accelerator with bf16 units. An estimate: none was at hand."""
+    """On an accelerator with bf16 units, relative to amp-adamw. An estimate that nothing measured
+    stands behind: none was at hand."""
 
     @property
     def trained(self) -> WeightDType:
@@ -125,12 +130,12 @@ _ALL: Final = (
         "Weights and moments in fp32, matrix products in bf16, every activation kept: the fastest "
         "where a GPU has room.",
         compute="bfloat16",
-        cpu_speed=0.3,
+        cpu_speed=0.11,
         accelerator_speed=1.0,
     ),
     _recipe(
         "fp32-adamw",
-        "Everything in fp32, every activation kept: the reference, and the fastest on a CPU.",
+        "Everything in fp32, every activation kept: the reference, and the fastest on most CPUs.",
         cpu_speed=1.0,
         accelerator_speed=0.35,
     ),
@@ -139,7 +144,7 @@ _ALL: Final = (
         "As amp-adamw, but activations are computed twice and logits exist a few at a time.",
         compute="bfloat16",
         **_SMALL,
-        cpu_speed=0.25,
+        cpu_speed=0.09,
         accelerator_speed=0.75,
     ),
     _recipe(
@@ -147,7 +152,7 @@ _ALL: Final = (
         "Weights, gradients and moments in bf16, rounded stochastically.",
         **_PURE_BF16,
         states="bfloat16",
-        cpu_speed=0.2,
+        cpu_speed=0.09,
         accelerator_speed=0.7,
     ),
     _recipe(
@@ -156,7 +161,7 @@ _ALL: Final = (
         **_PURE_BF16,
         states="bfloat16",
         gradients="in-backward",
-        cpu_speed=0.2,
+        cpu_speed=0.09,
         accelerator_speed=0.7,
     ),
     _recipe(
@@ -165,7 +170,7 @@ _ALL: Final = (
         **_PURE_BF16,
         states="8-bit",
         gradients="in-backward",
-        cpu_speed=0.2,
+        cpu_speed=0.08,
         accelerator_speed=0.6,
     ),
     _recipe(
@@ -174,7 +179,7 @@ _ALL: Final = (
         **_PURE_BF16,
         states="4-bit",
         gradients="in-backward",
-        cpu_speed=0.2,
+        cpu_speed=0.08,
         accelerator_speed=0.6,
     ),
     _recipe(
@@ -185,14 +190,14 @@ _ALL: Final = (
         optimizer="adafactor",
         states="factored",
         gradients="in-backward",
-        cpu_speed=0.2,
+        cpu_speed=0.09,
         accelerator_speed=0.6,
     ),
     _recipe(
         "fp32-adamw-ckpt",
         "As fp32-adamw, but activations are computed twice and logits exist a few at a time.",
         **_SMALL,
-        cpu_speed=0.8,
+        cpu_speed=0.77,
         accelerator_speed=0.25,
     ),
     _recipe(
@@ -200,7 +205,7 @@ _ALL: Final = (
         "Everything in fp32, but each gradient is used and freed within the backward pass.",
         **_SMALL,
         gradients="in-backward",
-        cpu_speed=0.8,
+        cpu_speed=0.77,
         accelerator_speed=0.25,
     ),
     _recipe(
@@ -209,7 +214,7 @@ _ALL: Final = (
         **_SMALL,
         states="8-bit",
         gradients="in-backward",
-        cpu_speed=0.8,
+        cpu_speed=0.32,
         accelerator_speed=0.24,
     ),
     _recipe(
@@ -220,7 +225,7 @@ _ALL: Final = (
         optimizer="adafactor",
         states="factored",
         gradients="in-backward",
-        cpu_speed=0.8,
+        cpu_speed=0.71,
         accelerator_speed=0.24,
     ),
     _recipe(
@@ -232,7 +237,7 @@ _ALL: Final = (
         **_SMALL,
         states_on="host",
         gradients="offloaded",
-        cpu_speed=0.2,
+        cpu_speed=0.09,
         accelerator_speed=0.15,
     ),
     _recipe(
@@ -241,7 +246,7 @@ _ALL: Final = (
         **_SMALL,
         states_on="host",
         gradients="offloaded",
-        cpu_speed=0.8,
+        cpu_speed=0.75,
         accelerator_speed=0.1,
     ),
 )
@@ -254,7 +259,7 @@ _ADAPTERS: Final = (
         "Adapters in fp32 beside frozen weights in bf16.",
         **_BF16_BASE,
         adapter=Adapter("bfloat16"),
-        cpu_speed=0.2,
+        cpu_speed=0.07,
         accelerator_speed=1.0,
     ),
     _recipe(
@@ -269,7 +274,7 @@ _ADAPTERS: Final = (
         "As lora-fp32, but activations are computed twice and logits exist a few at a time.",
         **_SMALL,
         adapter=Adapter("float32"),
-        cpu_speed=0.8,
+        cpu_speed=0.68,
         accelerator_speed=0.25,
     ),
     _recipe(
@@ -278,7 +283,7 @@ _ADAPTERS: Final = (
         "card.",
         **_BF16_BASE,
         **_NF4,
-        cpu_speed=0.15,
+        cpu_speed=0.07,
         accelerator_speed=0.8,
     ),
     _recipe(
@@ -286,7 +291,7 @@ _ADAPTERS: Final = (
         "As qlora-nf4 with products in fp32: the least memory for a CPU.",
         **_SMALL,
         **_NF4,
-        cpu_speed=0.6,
+        cpu_speed=0.63,
         accelerator_speed=0.2,
     ),
 )
