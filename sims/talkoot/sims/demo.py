@@ -235,9 +235,12 @@ def _kill_a_volunteer(
 
     def back(status: Mapping[str, Any]) -> bool:
         node = _node(status, name)
-        return bool(node["restarts"] > restarts and node["state"] in ("training", "pushing"))
+        at_work = node["restarts"] > restarts and node["state"] in ("training", "pushing")
+        return bool(at_work) or _finished(status)
 
-    network.wait_for(f"{name} to be back", back, READY_SECONDS, view.update)
+    if _finished(network.wait_for(f"{name} to be back", back, READY_SECONDS, view.update)):
+        view.say(f"The others finished before {name} was back at work.")
+        return
     seconds = time.monotonic() - killed
     run.kills.append(Kill(name, when, seconds))
     view.say(f"{name} is back at work {seconds:.1f} s after it was killed.")
