@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tests.client.hostile.driver import Driver
 
 from talkoot.client.home import Home
+from talkoot.client.trainer.mend import believable
 from talkoot.protocol.errors import TalkootError
 from talkoot.sims.in_process import InProcessCoordinator, nano_state
 
@@ -88,3 +90,12 @@ def do_a_lease(site: InProcessCoordinator, driver: Driver) -> bool:
     driver.again(remember=True)
     driver.worker.prepare()
     return driver.worker.execute(site.lease(driver.node_id)).accepted
+
+
+def test_moments_whose_squares_are_lost_are_not_believed_and_all_others_are() -> None:
+    first, second = torch.tensor([0.0, 1e-20, -0.5, 0.2]), torch.tensor([0.0, 0.0, 1e-3, 1e-9])
+    states = [("exp_avg:w", first), ("exp_avg_sq:w", second), ("scale:w", torch.zeros(1))]
+    assert believable(states)
+    second[3] = 0.0
+    assert not believable(states)
+    assert believable([("exp_avg:w", first), ("row:w", torch.zeros(2))]), "factored"

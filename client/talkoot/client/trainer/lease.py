@@ -7,6 +7,7 @@ whose kernels are deterministic (the CPU with a fixed number of threads).
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from talkoot.client.trainer.falls import is_out_of_memory
+from talkoot.client.trainer.mend import believable
 from talkoot.client.trainer.tensors import bytes_of, load_tensors, open_tensors, save_tensors
 from talkoot.client.trainer.workdir import Checkpoint, LeaseResult, Moments, Published, WorkDir
 from talkoot.protocol import faults
@@ -28,6 +30,8 @@ from talkoot.protocol.replica import Replica, rounding_seed
 from talkoot.protocol.schedule import learning_rate, lease_position
 from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader, WeightsWriter
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 ShouldStop = Callable[[], bool]
@@ -199,8 +203,10 @@ def _load_moments(job: LeaseJob, moments: Moments | None) -> None:
             if mine:
                 raise
         else:
-            replica.steps = moments.steps
-            return
+            if believable(replica.state()):
+                replica.steps = moments.steps
+                return
+            log.warning("damaged, and begun anew: moments")
     for _, tensor in replica.state():
         tensor.zero_()
     replica.steps = 0
