@@ -285,7 +285,9 @@ class Supervisor:
             if self._flower_run is None:
                 lost = self._registry.register_lost()
                 if lost:
-                    self._say(f"Flower's database had forgotten {lost} nodes: registered anew.")
+                    self._say(
+                        f"Nodes that Flower's database had forgotten, registered anew: {lost}."
+                    )
                 # Runs that an earlier SuperLink process began have lost their ServerApp.
                 for run_id, (status, _, _) in runs.items():
                     if status != "finished":
