@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from bench.plane import Plane
 from bench.registry import Row, Run, benchmark, compare
-from bench.wan import FAR, Line, Wan, insist_possible
 from talkoot.protocol.limits import MIB
+from talkoot.sims.wan import FAR, Line, Wan, insist_possible
 
 
 @benchmark("transfer")

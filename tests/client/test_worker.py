@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from talkoot.client.current import worker_for
 from talkoot.client.home import Home
 from talkoot.client.trainer_host import Progress, ShouldStop, TrainerHost
-from talkoot.client.worker import Worker, worker_for
+from talkoot.client.worker import Worker
 from talkoot.protocol.errors import (
     IntegrityError,
     ProtocolError,

@@ -29,7 +29,7 @@ app = ClientApp()
 @app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
 def train(message: Message, context: Context) -> Message:
     """Do the lease that the message carries; errors become a verdict with their sentence."""
-    from talkoot.client.worker import goes_on_later, tell_given_back, worker_for
+    from talkoot.client.current import goes_on_later, tell_given_back, worker_for
 
     try:
         record = message.content.config_records.get(TASK_RECORD)

@@ -17,10 +17,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from talkoot.client.app import HOME_KEY
+from talkoot.client.current import DISK_FULL, set_current
 from talkoot.client.fresh import PASSING
 from talkoot.client.home import Home
+from talkoot.client.reporter import Reporter
 from talkoot.client.trainer_host import CLOSE_SECONDS, TrainerHost
-from talkoot.client.worker import DISK_FULL, Reporter, Worker, set_current
+from talkoot.client.worker import Worker
 from talkoot.protocol.errors import (
     CapacityError,
     ProtocolError,

@@ -13,12 +13,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from talkoot.client.caps import OVER_MAX_DISK, require_room
+from talkoot.client.caps import require_room
 from talkoot.client.choice import LACKS_ROOM, Choice, basis, choose, held_against
 from talkoot.client.enrol import Enrolment
 from talkoot.client.fresh import Seen, see_head, see_task, see_version
@@ -26,7 +26,6 @@ from talkoot.client.home import Counters, Home
 from talkoot.client.membership import Membership
 from talkoot.client.pace import Meter, TransferOptions
 from talkoot.client.plane import DataPlane, Trains
-from talkoot.client.trainer_host import TrainerHost
 from talkoot.client.transfer import FETCH_OWNER, TransferClient
 from talkoot.protocol import faults
 from talkoot.protocol.artifacts import ArtifactStore
@@ -40,7 +39,6 @@ from talkoot.protocol.errors import (
     UnavailableError,
     VersionError,
 )
-from talkoot.protocol.files import DirectoryLock
 from talkoot.protocol.identity import NodeKey, load_public_key, verify
 from talkoot.protocol.ingest import received_bytes
 from talkoot.protocol.limits import MAX_JSON_ARTIFACT, MIB, PROTOCOL_VERSION
@@ -82,9 +80,6 @@ LINK_BYTES = MIB
 """Less than that says more of round trips than of a line."""
 MIRROR_LIST_SECONDS = 600.0
 """For so long a list of mirrors is good."""
-DISK_FULL = "disk-full"
-READ_ONLY = "read-only"
-"""Of this machine, or of the coordinator's."""
 
 
 class Worker:
@@ -420,6 +415,10 @@ class Worker:
 
     # A lease --------------------------------------------------------------------------------------
 
+    def tell(self, sentence: str) -> None:
+        """Say something to the machine's owner."""
+        self._say(sentence)
+
     def execute(self, signed: Signed) -> Verdict:
         """Do one task from end to end and return what the coordinator said of it.
 
@@ -728,107 +727,3 @@ class Worker:
         )
         self.reply = reply
         return reply
-
-
-class Reporter:
-    """Reports in the background, as often as the coordinator asks for."""
-
-    def __init__(
-        self, worker: Worker, tell: Callable[[NodeReportReply | TalkootError], None]
-    ) -> None:
-        self._worker = worker
-        self._tell = tell
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ask it to end."""
-        self._stop.set()
-
-    def close(self) -> None:
-        """End."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout=10)
-
-    def _run(self) -> None:
-        pause = 1.0
-        while True:
-            try:
-                self._worker.membership.keep(time.time())
-            except TalkootError as err:
-                log.info("membership: %s", err.sentence)
-                if isinstance(err, RefusedError) and not self._stop.is_set():
-                    self._tell(err)
-            except Exception:
-                log.exception("the certificate could not be renewed")
-            try:
-                reply = self._worker.report()
-                pause = reply.report_seconds
-                self._tell(reply)
-            except TalkootError as err:
-                log.info("report: %s", err.sentence)
-                if not self._stop.is_set():
-                    self._tell(err)
-            except Exception:  # a node that falls silent is taken for lost
-                log.exception("a report could not be made")
-            if self._stop.wait(pause):
-                return
-
-
-_current: Worker | None = None
-
-
-def set_current(worker: Worker | None) -> None:
-    """Let the daemon lend its worker to the ClientApp in the same process."""
-    global _current
-    _current = worker
-
-
-def goes_on_later(err: TalkootError) -> bool:
-    """Whether a lease that ended with this error is kept, and taken up again by the daemon.
-
-    One whose disk has turned read-only, or whose files reach the cap on them, ends first: its
-    owner has to see to that.
-    """
-    if _current is None or err.code == "trainer-died":  # that often, it is not worth waiting for
-        return False
-    return isinstance(err, UnavailableError) or err.code in (DISK_FULL, READ_ONLY, OVER_MAX_DISK)
-
-
-def tell_given_back(err: TalkootError) -> None:
-    """Say at the daemon, if there is one, why a lease was given back."""
-    if _current is not None:
-        _current._say(f"The lease was given back: {err.sentence}")
-
-
-@contextmanager
-def worker_for(home: str) -> Iterator[Worker]:
-    """The daemon's worker, or one of our own under a stock SuperNode."""
-    path = Path(home).expanduser().absolute()
-    if _current is not None:
-        if _current.home.root != path:
-            raise ProtocolError("The message came to another node's home.")
-        yield _current
-        return
-    node = Home(path)
-    node.require()
-    with (
-        DirectoryLock(node.root, who="talkoot daemon"),
-        TrainerHost.of(node) as trainer,
-    ):
-        trainer.start()
-        worker = Worker(node, trainer)
-        reporter = Reporter(worker, lambda _reply: None)
-        reporter.start()
-        try:
-            yield worker
-        finally:
-            reporter.close()
-            with suppress(TalkootError):
-                worker.report(leaving=True)
-            worker.close()

@@ -30,8 +30,8 @@ class Host(ClientApp):  # type: ignore[misc]  # flwr is not typed for us
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Let the node that the message is for do its lease."""
-        from talkoot.client import worker as workers
         from talkoot.client.app import HOME_KEY, app
+        from talkoot.client.current import set_current
         from talkoot.protocol.errors import UnavailableError
         from talkoot.protocol.messages import Verdict, canonical_bytes
 
@@ -39,7 +39,7 @@ class Host(ClientApp):  # type: ignore[misc]  # flwr is not typed for us
         home = place.layout.by_flower(context.node_id).resolve()
         worker = place.worker(home, _task_of(message))
         context.node_config[HOME_KEY] = str(home)
-        workers.set_current(worker)
+        set_current(worker)
         try:
             reply: Message = app(message, context)
         except UnavailableError as err:
@@ -49,7 +49,7 @@ class Host(ClientApp):  # type: ignore[misc]  # flwr is not typed for us
             record = ConfigRecord({VERDICT_KEY: canonical_bytes(verdict).decode("ascii")})
             reply = Message(RecordDict({VERDICT_RECORD: record}), reply_to=message)
         finally:
-            workers.set_current(None)
+            set_current(None)
             worker.close()
         return reply
 

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from bench.wan import ROOT, Direction
 from hypothesis import given
 from hypothesis import strategies as st
+
+from talkoot.sims.wan import Direction
 
 
 @given(
@@ -45,10 +46,9 @@ def test_a_direction_loses_its_share_and_what_finds_its_queue_full() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming nobody needs root")
 def test_without_root_the_line_says_what_it_needs() -> None:
-    code = "import os; os.setuid(65534); from bench.wan import *; insist_possible()"
+    code = "import os; os.setuid(65534); wan.insist_possible()"
     done = subprocess.run(
-        [sys.executable, "-c", "import bench.wan, talkoot.protocol.errors\n" + code],
-        cwd=ROOT,
+        [sys.executable, "-c", f"from talkoot.sims import wan; {code}"],
         capture_output=True,
         text=True,
         check=False,
