@@ -76,6 +76,8 @@ REREAD_BYTES = 64 * MIB
 MAX_TRAINER_DEATHS = 3
 """In one lease; a node that cannot hold on gives the lease back."""
 REPLICA_DIFFERS = "replica-differs"
+TRAINING_BEGINS = "version %d: training begins; %d bytes up, %d down until now"
+"""In the daemon's log; a calibration reads it there."""
 LINK_BYTES = MIB
 """Less than that says more of round trips than of a line."""
 MIRROR_LIST_SECONDS = 600.0
@@ -448,6 +450,7 @@ class Worker:
             self._sync(task.base)
             self.state = "training"
             blocks = [self._fetch(self._block(ref.block)) for ref in lease.blocks]
+            log.info(TRAINING_BEGINS, self.version, self.meter.bytes_up, self.meter.bytes_down)
             result = self._train(task, blocks)
             self.state = "pushing"
             verdict = self._deliver(task, result)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from talkoot.client.worker import TRAINING_BEGINS
 from talkoot.protocol.errors import ConfigError, UnavailableError
 from talkoot.server.config import Config, dump_config
 from talkoot.sims import probe
@@ -29,6 +31,9 @@ LOOK_SECONDS: Final = 0.1
 START_SECONDS: Final = 300.0
 ROUND_SECONDS: Final = 300.0
 """A round that takes longer here is not worth waiting for."""
+BEGAN: Final = re.compile(
+    re.escape(TRAINING_BEGINS).replace("%d", r"(\d+)")  # what the daemon says, read back
+)
 WARM: Final = 1
 """Rounds at the beginning that are left out: caches are cold, and torch is loaded."""
 
@@ -118,36 +123,20 @@ def real_config(scenario: Scenario, *, bind: str = "127.0.0.1", host: str = "127
     return config.model_copy(update={"network": network, "belief": belief})
 
 
-class Watch:
-    """Reads the nodes' meters while they train: what is of use is the last look at each version.
+def mean_bytes(log: Path, name: str) -> tuple[float, float]:
+    """Bytes up and down of a node's average round, from the second one's training to the last's.
 
-    By then all blocks of the lease are there, and its payload is not made yet.
+    Its daemon writes its meters down as training begins: by then all blocks of the lease are there,
+    and its payload is not made yet.
     """
-
-    def __init__(self, network: LocalNetwork, names: Sequence[str]) -> None:
-        self._network, self._names = network, names
-        self.bytes: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in names}
-
-    def look(self) -> None:
-        """Once more."""
-        for name in self._names:
-            told = probe.node_status(self._network, name)
-            # Its step is the earlier lease's until all blocks are there.
-            if told.get("state") == "training" and 0 < told["step"] < told["steps"]:
-                meters = int(told["bytes_up"]), int(told["bytes_down"])
-                self.bytes[name][int(told["version"])] = meters
-
-    def mean(self, name: str) -> tuple[float, float]:
-        """Bytes up and down of an average round, from the second one's training to the last's."""
-        mine = {version: seen for version, seen in self.bytes[name].items() if version >= WARM}
-        if len(mine) < 2:
-            raise UnavailableError(
-                f"{name} trained too shortly to be watched: give it longer leases "
-                "(rules.round.tokens_per_node), a second or more of training."
-            )
-        first, last = min(mine), max(mine)
-        up, down = (mine[last][place] - mine[first][place] for place in (0, 1))
-        return up / (last - first), down / (last - first)
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    seen = {int(version): (int(up), int(down)) for version, up, down in BEGAN.findall(text)}
+    warm = sorted(version for version in seen if version >= WARM)
+    if len(warm) < 2:
+        raise UnavailableError(f"{name} began fewer than two leases after round {WARM}: see {log}.")
+    first, last = warm[0], warm[-1]
+    up, down = (seen[last][place] - seen[first][place] for place in (0, 1))
+    return up / (last - first), down / (last - first)
 
 
 def run_real(
@@ -185,9 +174,8 @@ def run_real(
     for name in names:
         network.join(name, url, "--threads", "1")
     ready()
-    watch = Watch(network, names)
-    _follow(scenario, network, watch, say, progress)
-    return _seen(scenario, network, watch)
+    _follow(scenario, network, say, progress)
+    return _seen(scenario, network)
 
 
 def _invite(network: LocalNetwork, uses: int) -> str | None:
@@ -200,14 +188,12 @@ def _invite(network: LocalNetwork, uses: int) -> str | None:
 def _follow(
     scenario: Scenario,
     network: LocalNetwork,
-    watch: Watch,
     say: Callable[[str], None],
     progress: Callable[[int], None],
 ) -> None:
     done, until = -1, time.monotonic() + START_SECONDS
     wanted = scenario.rounds or 0
     while done < wanted:
-        watch.look()
         newest = probe.rows(network, "SELECT MAX(version) AS newest FROM versions")[0]["newest"]
         if newest is not None and newest > done:
             done, until = newest, time.monotonic() + max(START_SECONDS, ROUND_SECONDS)
@@ -239,7 +225,7 @@ def _follow(
 # What the ledger says -----------------------------------------------------------------------------
 
 
-def _seen(scenario: Scenario, network: LocalNetwork, watch: Watch) -> Seen:
+def _seen(scenario: Scenario, network: LocalNetwork) -> Seen:
     rounds = probe.rows(
         network,
         "SELECT round, opened_unix, closed_unix, published_unix FROM rounds "
@@ -266,7 +252,10 @@ def _seen(scenario: Scenario, network: LocalNetwork, watch: Watch) -> Seen:
                 heldout=heldout.get(row["round"]),
             )
         )
-    nodes = tuple(_node(name, given, watch) for name in names_of(scenario))
+    nodes = tuple(
+        _node(name, given, network.home(name) / "logs" / "daemon.log")
+        for name in names_of(scenario)
+    )
     return Seen(
         rounds=tuple(rows),
         nodes=nodes,
@@ -276,13 +265,13 @@ def _seen(scenario: Scenario, network: LocalNetwork, watch: Watch) -> Seen:
     )
 
 
-def _node(name: str, given: Sequence[Mapping[str, Any]], watch: Watch) -> NodeSeen:
+def _node(name: str, given: Sequence[Mapping[str, Any]], log: Path) -> NodeSeen:
     mine = [one for one in given if one["name"] == name and one["round"] > WARM]
     if not mine:
         raise UnavailableError(f"{name} of the real network contributed nothing after round 1.")
     seconds = sum(one["training_seconds"] for one in mine)
     logs = [math.log(one["tokens"] / max(one["training_seconds"], 1e-6)) for one in mine]
-    up, down = watch.mean(name)
+    up, down = mean_bytes(log, name)
     return NodeSeen(
         name=name,
         tokens_per_second=sum(one["tokens"] for one in mine) / max(seconds, 1e-6),
