@@ -145,7 +145,7 @@ def test_what_is_simulated_has_each_nodes_measured_speed_and_line() -> None:
 def test_a_simulation_is_seen_as_a_real_network_is(tmp_path: Path) -> None:
     scenario = as_measured(the(), seen(), [Found(2.0, 8.0, 30.0)] * 2)
     leases = tmp_path / "leases.csv"
-    head = "round,population,sent,fetched,trained,arrived,answered,bytes_up,bytes_down,answer"
+    head = "round,population,sent,fetched,encoded,arrived,answered,bytes_up,bytes_down,answer"
     rows = [
         f"{n},home-{k},{n * 10},{n * 10 + 1},{n * 10 + 6},{n * 10 + 7},{n * 10 + 7},{n * 100},"
         f"{n * 1000},accepted"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -122,10 +123,14 @@ def test_real_training_lowers_the_held_out_loss_and_the_tables_say_who_did_what(
     assert last is not None
     assert last < first
     assert whole.document["refused"][0][0].startswith("No recipe for a replica of this model fits")
-    header, *rows = whole.leases.read_text(encoding="utf-8").splitlines()
-    assert header.startswith("round,attempt,node,population,attack,tokens,sent,fetched")
-    accepted = sum(row.endswith(",accepted") for row in rows)
-    assert accepted == sum(row["contributions"] for row in whole.rounds)
+    with whole.leases.open(encoding="utf-8", newline="") as file:
+        accepted = [row for row in csv.DictReader(file) if row["answer"] == "accepted"]
+    assert len(accepted) == sum(row["contributions"] for row in whole.rounds)
+    keys = ("sent", "fetched", "trained", "encoded", "arrived", "answered")
+    for row in accepted:
+        moments = [float(row[key]) for key in keys]
+        assert moments == sorted(moments)
+        assert 0 <= float(row["influence"]) <= 1
     assert "Simulation small-town" in (whole.out / "report.html").read_text(encoding="utf-8")
 
 

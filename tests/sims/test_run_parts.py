@@ -181,9 +181,8 @@ def test_a_lease_takes_fetching_training_and_pushing_at_the_nodes_own_pace() -> 
         10.0, {0: 10.0}, {0: 4096}, {0: 1}, {0: 2}, {0: 512}, {0: speed}
     ).values()
     assert course.steady
-    assert course.trained - course.fetched == pytest.approx(
-        512 / speed + timing.sizes.encode_seconds
-    )
+    assert course.stepped - course.fetched == pytest.approx(512 / speed)
+    assert course.trained - course.stepped == pytest.approx(timing.sizes.encode_seconds)
     pushed = timing.arrival(0, course.trained, 5000, 1)
     assert pushed > course.trained
     assert timing.arrival(0, course.trained, 50_000_000, 1) > pushed
@@ -222,7 +221,7 @@ def test_a_node_fetches_updates_when_they_lead_there_and_a_checkpoint_when_not()
 
 
 def test_a_round_that_may_close_early_is_open_until_enough_can_have_arrived() -> None:
-    courses = {n: Course(0.0, 1.0, 10.0 * (n + 1), steady=n != 3) for n in range(4)}
+    courses = {n: Course(0.0, 1.0, 9.0, 10.0 * (n + 1), steady=n != 3) for n in range(4)}
     tokens = dict.fromkeys(range(4), 100)
     assert surely_open(courses, tokens, 1.0) == math.inf
     assert surely_open(courses, tokens, 0.9) == 30.0

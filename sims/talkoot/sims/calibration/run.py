@@ -295,7 +295,7 @@ def _parts(
     for before, row in zip(rounds[WARM - 1 :], rounds[WARM:], strict=False):
         mine = [one for one in table if int(one["round"]) == row.round]
         last = max(mine, key=lambda one: float(one["answered"]))
-        training = float(last["trained"]) - float(last["fetched"])
+        training = float(last["encoded"]) - float(last["fetched"])
         arrived = float(last["arrived"]) - start
         found["training"] += training / count
         found["around"] += (arrived - row.opened - training) / count

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from talkoot.sims.panels import some_of
 from talkoot.sims.planning.fit import Fit
 from talkoot.sims.planning.fleet import Fleet
 from talkoot.sims.planning.passing import Course, Outcome
@@ -16,8 +17,6 @@ from talkoot.sims.planning.sizes import Sizes
 from talkoot.sims.planning.timeline import DAY, F64, Bools
 from talkoot.sims.scenario import Scenario
 
-BARS: Final = 32
-"""Nodes of a round that are kept for its timeline."""
 KEPT_ROUNDS: Final = 400
 """Rounds whose timelines are kept."""
 
@@ -145,11 +144,16 @@ class Account:
             return
         kinds = self.fleet.kind[course.nodes]
         present = np.unique(kinds)
-        each = max(1, BARS // len(present))
-        chosen = np.concatenate([np.flatnonzero(kinds == kind)[:each] for kind in present])[:BARS]
+        order = np.argsort(course.arrived, kind="stable")
+        chosen = [
+            place
+            for kind in present
+            for place in some_of(order[kinds[order] == kind].tolist(), len(present))
+        ]
+        opened = self._leased if self._opened is None else self._opened
 
         def since(values: F64, place: int) -> float | None:
-            value = float(values[place]) - self._leased
+            value = float(values[place]) - opened
             return value if np.isfinite(value) else None
 
         self.bars.append(
@@ -159,13 +163,14 @@ class Account:
                     Bar(
                         node=int(course.nodes[place]),
                         kind=int(kinds[place]),
+                        leased=self._leased - opened,
                         fetched=since(course.fetched, place),
                         trained=since(course.trained, place),
-                        pushed=since(course.pushed, place),
+                        encoded=since(course.encoded, place),
                         arrived=since(course.arrived, place),
                         committed=bool(done[place]),
                     )
-                    for place in chosen.tolist()
+                    for place in chosen
                 ),
             )
         )

@@ -2,88 +2,36 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
 
-from talkoot.protocol.errors import ConfigError
 from talkoot.sims.figures import bytes_text, clean, count_text
-from talkoot.sims.planning.result import PHASE_WORDS, PHASES, PlanResult
+from talkoot.sims.panels import (
+    Strip,
+    colours,
+    frame,
+    heat,
+    heat_height,
+    legend,
+    paint,
+    strips_height,
+    ticks,
+    timeline,
+)
+from talkoot.sims.planning.result import PHASE_WORDS, PHASES, Bar, PlanResult, RoundRow
 from talkoot.sims.report_plot import DARK, LIGHT, Palette
 
-__all__ = ["DARK", "LIGHT", "PICTURES", "Draw", "draw", "sweep_picture"]
+__all__ = ["DARK", "LIGHT", "PICTURES", "Draw", "colours", "draw", "frame", "legend"]
+__all__ += ["sweep_picture", "ticks"]
 
-WIDTH: Final = 9.6  # inches
-DPI: Final = 130
-SERIES: Final = ("#2563c9", "#c2620a", "#14733b", "#8b3fc4", "#b3261e", "#0e7490", "#927107")
-SERIES_DARK: Final = ("#79adff", "#f5a352", "#5fd08e", "#c79bf2", "#ff8a80", "#5ecbe0", "#e0c04f")
 Draw = Callable[[Any, Palette, Sequence[PlanResult]], None]
-
-
-def colours(palette: Palette) -> tuple[str, ...]:
-    """Of series, apart for the colour-blind, on this paper."""
-    return SERIES if palette is LIGHT else SERIES_DARK
 
 
 def draw(what: Draw, results: Sequence[PlanResult], palette: Palette, height: float = 3.6) -> bytes:
     """A picture as a PNG. Raises :class:`ConfigError` when matplotlib is not installed."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        raise ConfigError(
-            "The report's pictures need matplotlib: install it with "
-            "`pip install 'talkoot[sims]'` and run the same command again.",
-            code="missing-extra",
-        ) from err
-    style = {
-        "font.family": "DejaVu Sans",
-        "font.size": 9.5,
-        "text.color": palette.ink,
-        "text.parse_math": False,
-        "axes.labelcolor": palette.faint,
-    }
-    with rc_context(style):
-        figure = Figure(
-            figsize=(WIDTH, height), dpi=DPI, facecolor=palette.paper, layout="constrained"
-        )
-        FigureCanvasAgg(figure)
-        what(figure, palette, results)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", facecolor=palette.paper, metadata={"Software": None})
-    return png.getvalue()
-
-
-def frame(axes: Any, palette: Palette, x: str = "days", y: str = "") -> None:
-    """Axes, grid and labels as all our pictures have them."""
-    axes.set_facecolor(palette.paper)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.tick_params(colors=palette.faint, length=0, pad=5)
-    axes.grid(axis="y", color=palette.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(palette.grid)
-
-
-def ticks(axes: Any, words: Callable[[float], str], axis: str = "y") -> None:
-    """Numbers of an axis as people read them."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    chosen = axes.yaxis if axis == "y" else axes.xaxis
-    chosen.set_major_locator(MaxNLocator(5))
-    chosen.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
-
-
-def legend(axes: Any, palette: Palette, **where: Any) -> None:
-    """A legend without a box."""
-    axes.legend(
-        frameon=True, framealpha=0.9, facecolor=palette.paper, edgecolor="none", fontsize=9, **where
-    )
+    return paint(lambda figure, paper: what(figure, paper, results), palette, height)
 
 
 def unit(results: Sequence[PlanResult]) -> tuple[float, str]:
@@ -117,14 +65,11 @@ def tokens(figure: Any, palette: Palette, results: Sequence[PlanResult]) -> None
 
 def utilization(figure: Any, palette: Palette, results: Sequence[PlanResult]) -> None:
     """Share of their time online that each class trains, over time."""
-    from matplotlib.colors import LinearSegmentedColormap
-
     one = results[0]
-    axes = figure.add_subplot()
     if not one.rounds:
-        return nothing(axes)
+        return nothing(figure.add_subplot())
     size, name = unit(results)
-    shown = [place for place, row in enumerate(one.classes) if row.recipe is not None]
+    shown = _able(one)
     train = np.array([row.train_by_class for row in one.rounds])[:, shown]
     online = np.array([row.online_by_class for row in one.rounds])[:, shown]
     edges = np.array([0.0, *(row.published for row in one.rounds)])
@@ -132,25 +77,13 @@ def utilization(figure: Any, palette: Palette, results: Sequence[PlanResult]) ->
     values = np.stack([_rebin(edges, bins, train), _rebin(edges, bins, online)])
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = np.where(values[1] > 0, values[0] / values[1], np.nan)
-    ramp = (palette.grid, colours(palette)[0])
-    mesh = axes.pcolormesh(
-        bins / size,
-        np.arange(len(shown) + 1),
-        np.clip(shares.T, 0, 1),
-        cmap=LinearSegmentedColormap.from_list("share", ramp),
-        vmin=0,
-        vmax=1,
-    )
-    axes.set_yticks(np.arange(len(shown)) + 0.5)
-    axes.set_yticklabels([clean(one.classes[place].name, cap=20) for place in shown])
-    axes.invert_yaxis()
-    frame(axes, palette, name)
-    axes.grid(visible=False)
-    bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=14)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=palette.faint, length=0)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    return None
+    labels = [f"{one.classes[place].name} ({one.classes[place].nodes:,})" for place in shown]
+    return heat(figure, palette, bins / size, shares.T, labels, name)
+
+
+def _able(one: PlanResult) -> list[int]:
+    """Classes that hold a replica."""
+    return [place for place, row in enumerate(one.classes) if row.recipe is not None]
 
 
 def _rebin(edges: Any, bins: Any, amounts: Any) -> Any:
@@ -160,46 +93,51 @@ def _rebin(edges: Any, bins: Any, amounts: Any) -> Any:
     return np.diff(at, axis=0)
 
 
-def timeline(figure: Any, palette: Palette, results: Sequence[PlanResult]) -> None:
-    """One round of some nodes: fetching, training, pushing, waiting."""
+def a_round(figure: Any, palette: Palette, results: Sequence[PlanResult]) -> None:
+    """One round of some nodes: fetching, training, encoding, pushing, waiting."""
     one = results[0]
-    axes = figure.add_subplot()
     if not one.bars:
-        return nothing(axes)
-    number, bars = one.bars[len(one.bars) // 2]
-    row = next(row for row in one.rounds if row.round == number)
-    last = row.closed - row.opened
-    shades = colours(palette)
-    parts = (("fetch", shades[1]), ("train", shades[0]), ("encode and push", shades[3]))
-    for place, bar in enumerate(bars):
-        begin = 0.0
-        for end, (_, shade) in zip((bar.fetched, bar.trained, bar.arrived), parts, strict=True):
-            until = last if end is None else min(end, last)
-            axes.barh(
-                place,
-                max(0.0, until - begin) / 60,
-                left=begin / 60,
-                height=0.72,
-                color=shade,
-                alpha=1.0 if bar.committed else 0.35,
-            )
-            begin = max(begin, until)
-        axes.barh(place, (last - begin) / 60, left=begin / 60, height=0.72, color=palette.grid)
-    names = [one.classes[bar.kind].name for bar in bars]
-    firsts = [place for place, name in enumerate(names) if name not in names[:place]]
-    axes.set_yticks(firsts)
-    axes.set_yticklabels([clean(names[place], cap=20) for place in firsts])
-    axes.invert_yaxis()
-    axes.set_xlim(0, last / 60)
-    frame(axes, palette, f"minutes of round {number}")
-    axes.grid(visible=False)
-    from matplotlib.patches import Patch
+        return nothing(figure.add_subplot())
+    row, bars = _middle(one)
+    marks = [(row.closed - row.opened, "closed"), (row.published - row.opened, "published")]
+    strips = [
+        _strip(one, bar, row, first=place == 0 or bars[place - 1].kind != bar.kind)
+        for place, bar in enumerate(bars)
+    ]
+    return timeline(figure, palette, strips, [(0.0, "opened"), *marks], f"round {row.round}")
 
-    handles = [Patch(color=shade, label=label) for label, shade in parts]
-    handles.append(Patch(color=palette.grid, label="wait for the others"))
-    handles.append(Patch(color=shades[0], alpha=0.35, label="came too late"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=5, frameon=False, fontsize=9)
-    return None
+
+def _middle(one: PlanResult) -> tuple[RoundRow, tuple[Bar, ...]]:
+    """The round in the middle of those whose timelines were kept."""
+    number, bars = one.bars[len(one.bars) // 2]
+    return next(row for row in one.rounds if row.round == number), bars
+
+
+def _strip(one: PlanResult, bar: Bar, row: RoundRow, *, first: bool) -> Strip:
+    last = row.closed - row.opened
+    parts = [(0.0, bar.leased, "wait")]
+    begin = bar.leased
+    for end, doing in (
+        (bar.fetched, "fetch"),
+        (bar.trained, "train"),
+        (bar.encoded, "encode"),
+        (bar.arrived, "push"),
+    ):
+        until = last if end is None else min(end, last)
+        parts.append((begin, max(begin, until), doing))
+        begin = max(begin, until)
+    parts.append((begin, row.published - row.opened, "wait"))
+    label = f"{one.classes[bar.kind].name}-{bar.node:05d}"
+    note = "" if bar.committed else "too late"
+    return Strip(label, tuple(parts), bar.committed, note=note, first=first)
+
+
+def _heat_inches(one: PlanResult) -> float:
+    return heat_height(len(_able(one)))
+
+
+def _round_inches(one: PlanResult) -> float:
+    return strips_height(len(_middle(one)[1]) if one.bars else 0)
 
 
 def participation(figure: Any, palette: Palette, results: Sequence[PlanResult]) -> None:
@@ -251,7 +189,7 @@ def traffic(figure: Any, palette: Palette, results: Sequence[PlanResult]) -> Non
 def sweep_picture(labels: Sequence[str], points: Sequence[Sequence[PlanResult]]) -> Draw:
     """Where the time goes, a bar for each combination of values."""
 
-    def paint(figure: Any, palette: Palette, _results: Sequence[PlanResult]) -> None:
+    def bars(figure: Any, palette: Palette, _results: Sequence[PlanResult]) -> None:
         axes = figure.add_subplot()
         shades = dict(zip(PHASES, (*colours(palette), palette.faint), strict=True))
         begins = np.zeros(len(points))
@@ -281,26 +219,38 @@ def sweep_picture(labels: Sequence[str], points: Sequence[Sequence[PlanResult]])
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
 
-    return paint
+    return bars
 
 
-PICTURES: Final[tuple[tuple[str, str, str, Draw, float], ...]] = (
-    ("tokens", "Tokens against time", "A step is a published round.", tokens, 3.2),
+def _inches(height: float) -> Callable[[PlanResult], float]:
+    return lambda _one: height
+
+
+PICTURES: Final[tuple[tuple[str, str, str, Draw, Callable[[PlanResult], float]], ...]] = (
+    ("tokens", "Tokens against time", "A step is a published round.", tokens, _inches(3.2)),
     (
         "utilization",
         "Who trains, when",
-        "Share of a class's time online that goes into training that counted.",
+        "Share of a class's time online that goes into training that counted, round by round; in "
+        "brackets its nodes. White is when nobody was there.",
         utilization,
-        3.2,
+        _heat_inches,
     ),
     (
         "timeline",
         "A round, node by node",
-        "Some nodes of each class, in the round in the middle of the plan.",
-        timeline,
-        4.6,
+        "The round in the middle of the plan: of each class the fastest node, the slowest and some "
+        "between them.",
+        a_round,
+        _round_inches,
     ),
-    ("participation", "Who takes part", "Leases given out, and contributions.", participation, 3.0),
-    ("bytes", "What moves", "By round.", traffic, 3.0),
+    (
+        "participation",
+        "Who takes part",
+        "Leases given out, and contributions.",
+        participation,
+        _inches(3.0),
+    ),
+    ("bytes", "What moves", "By round.", traffic, _inches(3.0)),
 )
 """(file, heading, sentence, how to draw it, inches)."""

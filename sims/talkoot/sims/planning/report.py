@@ -31,9 +31,10 @@ def write_report(results: Sequence[PlanResult], out: Path) -> Path:
     pictures = []
     try:
         for name, title, words, how, height in PICTURES:
-            light = draw(how, results, LIGHT, height)
+            inches = height(results[0])
+            light = draw(how, results, LIGHT, inches)
             write_atomic(out / f"{name}.png", light)
-            image = picture(title, light, draw(how, results, DARK, height))
+            image = picture(title, light, draw(how, results, DARK, inches))
             pictures.append(f'<h2>{escape(title)}</h2><p class="faint">{escape(words)}</p>{image}')
         index = out / "index.html"
         write_atomic(index, _page(results, pictures).encode(errors="replace"))

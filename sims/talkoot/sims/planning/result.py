@@ -52,9 +52,11 @@ class Bar:
 
     node: int
     kind: int
+    leased: float
+    """Above 0 if the round was leased anew."""
     fetched: float | None
     trained: float | None
-    pushed: float | None
+    encoded: float | None
     arrived: float | None
     committed: bool
 

@@ -145,10 +145,12 @@ def _report(scenario: Scenario, out: Path, layout: Layout, result: Path) -> RunR
     document["scenario"] = scenario.model_dump(mode="json")
     failures = broken(scenario.expect, document["figures"])
     document["broken"] = failures
+    # Rows of tables, which would only make the JSON hard to read.
+    present = document.pop("presence", [])
+    leases = read_leases(layout.events, document.pop("beliefs", {}))
     write_atomic(out / "run.json", json.dumps(document, indent=1).encode())
-    leases = read_leases(layout.events)
-    write_tables(document, leases, out)
-    write_report(document, leases, out)
+    write_tables(document, leases, present, out)
+    write_report(document, leases, present, out)
     return RunResult(
         figures=document["figures"],
         rounds=document["rounds"],

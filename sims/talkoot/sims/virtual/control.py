@@ -170,6 +170,7 @@ class VirtualControl:
                 sent=now,
                 fetched=EPOCH + course.fetched,
                 trained=EPOCH + course.trained,
+                stepped=EPOCH + course.stepped,
                 deadline=task.deadline_unix,
                 steady=course.steady,
                 together=len(opened),
@@ -356,7 +357,9 @@ class VirtualControl:
         node = self.world.nodes[index]
         node.bytes_up += held.bytes_up
         if verdict.accepted:
-            node.train_seconds += held.trained - held.fetched
+            node.train_seconds += self.timing.between(
+                index, held.fetched - EPOCH, held.stepped - EPOCH
+            )
             node.contributions += 1
         self._answer(index, held, verdict.code)
         return verdict.code
@@ -373,12 +376,14 @@ class VirtualControl:
             "tokens": held.tokens,
             "sent": _since(held.sent),
             "fetched": _since(held.fetched),
-            "trained": _since(held.trained),
+            "trained": _since(held.stepped),
+            "encoded": _since(held.trained),
             "arrived": _since(held.arrives),
             "answered": _since(self.world.now),
             "bytes_down": held.bytes_down,
             "bytes_up": held.bytes_up,
             "answer": code,
+            "lease": held.lease_id,
         }
         self._events.write(json.dumps(row).encode("ascii") + b"\n")
 
@@ -399,8 +404,11 @@ class VirtualControl:
     def _again(self, index: int, held: Held) -> None:
         """A lease's course may be another now that its node leaves, or the coordinator is away."""
         now = self.world.now
-        rest = max(0.0, held.trained - max(now, held.sent))
-        held.trained = EPOCH + self.timing.after(index, max(now, held.sent) - EPOCH, rest)
+        begin = max(now, held.sent)
+        rest, steps = (max(0.0, end - begin) for end in (held.trained, held.stepped))
+        held.trained = EPOCH + self.timing.after(index, begin - EPOCH, rest)
+        if held.stepped > begin:
+            held.stepped = EPOCH + self.timing.after(index, begin - EPOCH, steps)
         gone = self.world.absences(index, held.sent, held.trained) if held.steady else [(0.0, 0.0)]
         held.steady = not gone
         self.world.agenda.add(held.trained, TRAINED, index, held.lease_id)

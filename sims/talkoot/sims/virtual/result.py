@@ -19,9 +19,12 @@ from talkoot.server.heldout import mean_loss
 from talkoot.server.ledger.schema import (
     ContributionRecord,
     Evaluation,
+    EvidenceRecord,
+    JudgementRecord,
     LeaseRecord,
     Node,
     Round,
+    StandingRecord,
     Version,
 )
 from talkoot.sims.planning.fleet import Fleet
@@ -40,13 +43,21 @@ EVENT_FIELDS: Final = (
     "sent",
     "fetched",
     "trained",
+    "encoded",
     "arrived",
     "answered",
     "bytes_down",
     "bytes_up",
     "answer",
+    "loss",
+    "influence",
+    "judged",
+    "lease",
 )
-"""Of one lease; times are virtual seconds since the beginning."""
+"""Of one lease; times are virtual seconds since the beginning. ``loss`` is the node's own word,
+``influence`` and ``judged`` what was believed of it when its round closed."""
+EVIDENCE_FIELDS: Final = ("at", "round", "node", "attack", "kind", "points", "sentence", "lease")
+PRESENCE_FIELDS: Final = ("node", "population", "came", "went")
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,8 @@ class NodeFound:
     message_bytes_up: int = 0
     """Reports and claims; ``bytes_up`` and ``bytes_down`` are artifacts."""
     message_bytes_down: int = 0
+    quarantined: float | None = None
+    """Since when, if it is at the end; virtual seconds since the beginning."""
 
 
 def write_result(
@@ -114,6 +127,9 @@ def write_result(
         "rounds": [asdict(row) for row in rounds],
         "nodes": [asdict(row) for row in nodes],
         "messages": asdict(messages),
+        "presence": presence(world, profiles),
+        "evidence": _evidence(world, site, profiles),
+        "beliefs": _beliefs(site),
         "refused": Counter(refused.values()).most_common(20),
         "first_loss": found["first_loss"],
         "weights_digest": _newest_digest(site),
@@ -159,6 +175,55 @@ def _rounds(site: Site) -> list[RoundFound]:
     return [RoundFound(**{**asdict(row), "heldout": _heldout(site, row.round)}) for row in found]
 
 
+def presence(world: World, profiles: Sequence[Profile]) -> list[dict[str, Any]]:
+    """When each node that was let in was there, up to now: rows of ``presence.csv``."""
+    lines, end = world.fleet.timelines, world.now - EPOCH
+    found = []
+    for index in sorted(world.nodes):
+        mine = slice(int(lines.first[index]), int(lines.first[index + 1]))
+        for came, went in zip(lines.starts[mine], lines.ends[mine], strict=True):
+            if came < end:
+                profile = profiles[index]
+                spans = (round(float(came), 3), round(min(float(went), end), 3))
+                row = (profile.name, profile.population, *spans)
+                found.append(dict(zip(PRESENCE_FIELDS, row, strict=True)))
+    return found
+
+
+def _evidence(world: World, site: Site, profiles: Sequence[Profile]) -> list[dict[str, Any]]:
+    """What was held against whom, and when: rows of ``evidence.csv``."""
+    names = {site.node_ids[index]: profiles[index] for index in world.nodes}
+    with site.coordinator.ledger.read() as session:
+        rows = session.scalars(select(EvidenceRecord).order_by(EvidenceRecord.evidence_id)).all()
+    return [
+        {
+            "at": round(row.unix - EPOCH, 3),
+            "round": row.round,
+            "node": names[row.node_id].name,
+            "attack": names[row.node_id].attack or "",
+            "kind": row.kind,
+            "points": row.points,
+            "sentence": row.sentence,
+            "lease": row.lease_id,
+        }
+        for row in rows
+    ]
+
+
+def _beliefs(site: Site) -> dict[str, list[Any]]:
+    """By lease of an accepted contribution: the node's loss, its influence, and why."""
+    with site.coordinator.ledger.read() as session:
+        rows = session.execute(
+            select(
+                ContributionRecord.lease_id,
+                ContributionRecord.loss,
+                JudgementRecord.influence,
+                JudgementRecord.code,
+            ).outerjoin(JudgementRecord, JudgementRecord.lease_id == ContributionRecord.lease_id)
+        ).all()
+    return {lease: [loss, influence, code or ""] for lease, loss, influence, code in rows}
+
+
 def _heldout(site: Site, version: int) -> float | None:
     with site.coordinator.ledger.read() as session:
         rows = session.scalars(select(Evaluation).where(Evaluation.version == version)).all()
@@ -183,6 +248,8 @@ def _nodes(
         for index, seconds in zip(indices, online.tolist(), strict=True):
             node, profile = world.nodes[index], profiles[index]
             record = session.get_one(Node, site.node_ids[index])
+            standing = session.get(StandingRecord, record.node_id)
+            out = standing is not None and standing.state == "quarantined"
             tokens = session.scalars(
                 select(ContributionRecord.tokens).where(
                     ContributionRecord.node_id == record.node_id
@@ -203,6 +270,7 @@ def _nodes(
                     bytes_down=node.bytes_down,
                     message_bytes_up=round(said),
                     message_bytes_down=round(heard),
+                    quarantined=standing.since_unix - EPOCH if standing and out else None,
                 )
             )
     return found
@@ -273,19 +341,28 @@ def _energy(scenario: Scenario, fleet: Fleet, nodes: Sequence[NodeFound]) -> tup
     return kwh, cost
 
 
-def read_leases(events: Path) -> list[dict[str, Any]]:
-    """Every lease that was answered, as the engine kept them."""
+def read_leases(events: Path, beliefs: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every lease that was answered, as the engine kept them, and what was believed of it."""
     with events.open(encoding="ascii") as lines:
-        return [json.loads(line) for line in lines]
+        rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    for row in rows:
+        loss, influence, judged = beliefs.get(row.get("lease", ""), (None, None, ""))
+        row |= {"loss": loss, "influence": influence, "judged": judged}
+    return rows
 
 
 def write_tables(
-    document: Mapping[str, Any], leases: Sequence[Mapping[str, Any]], out: Path
+    document: Mapping[str, Any],
+    leases: Sequence[Mapping[str, Any]],
+    present: Sequence[Mapping[str, Any]],
+    out: Path,
 ) -> None:
-    """``rounds.csv``, ``nodes.csv`` and ``leases.csv``, for pandas."""
+    """``rounds``, ``nodes``, ``leases``, ``presence`` and ``evidence`` as CSV, for pandas."""
     _table(out / "rounds.csv", document["rounds"])
     _table(out / "nodes.csv", document["nodes"])
     _table(out / "leases.csv", leases, EVENT_FIELDS)
+    _table(out / "presence.csv", present, PRESENCE_FIELDS)
+    _table(out / "evidence.csv", document.get("evidence", ()), EVIDENCE_FIELDS)
 
 
 def _table(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str] = ()) -> None:

@@ -27,6 +27,8 @@ class Course:
 
     sent: float
     fetched: float
+    stepped: float
+    """The last inner step is done."""
     trained: float
     """Training is done and the payload encoded."""
     steady: bool
@@ -81,9 +83,11 @@ class Timing:
                 self.sizes.hear_seconds + 3 * float(fleet.latency[node]) + trips + down[node] / rate
             )
             fetched = self.after(node, begin, wait + behind[node] * self.sizes.apply_seconds)
-            work = tokens[node] / speeds[node] + self.sizes.encode_seconds
-            trained = self.after(node, fetched, work)
-            found[node] = Course(sent, fetched, trained, self._steady(node, sent, trained))
+            work = tokens[node] / speeds[node]
+            stepped = self.after(node, fetched, work)
+            trained = self.after(node, fetched, work + self.sizes.encode_seconds)
+            steady = self._steady(node, sent, trained)
+            found[node] = Course(sent, fetched, stepped, trained, steady)
         return found
 
     def arrival(self, node: int, trained: float, up: int, together: int) -> float:
@@ -115,12 +119,15 @@ class Timing:
         done = float(lines.online_seconds(who, moment)[0]) + seconds
         return max(moment, float(lines.when(who, np.array([done]))[0]))
 
+    def between(self, node: int, begin: float, end: float) -> float:
+        """Seconds that a node was online from ``begin`` to ``end``."""
+        lines, who = self._fleet.timelines, np.array([node])
+        return float((lines.online_seconds(who, end) - lines.online_seconds(who, begin))[0])
+
     def _steady(self, node: int, begin: float, end: float) -> bool:
         if not math.isfinite(end):
             return False
-        lines, who = self._fleet.timelines, np.array([node])
-        online = lines.online_seconds(who, end) - lines.online_seconds(who, begin)
-        return bool(abs(float(online[0]) - (end - begin)) < 1e-6)
+        return abs(self.between(node, begin, end) - (end - begin)) < 1e-6
 
     def _shares(self, caps: Sequence[float], capacity: float) -> list[float]:
         """Max-min fair rates of streams that begin together, bytes a second."""

@@ -42,6 +42,8 @@ class Held:
     bytes_down: int
     text: str = field(repr=False, default="")
     """The signed task."""
+    stepped: float = math.inf
+    """Its last inner step is done; what is left until ``trained`` is encoding."""
     made: bool = False
     """Its payload exists."""
     arrives: float = math.inf
