@@ -17,8 +17,8 @@ def test_the_quick_suite_sets_liars_aside_and_no_honest_node(tmp_path: Path) -> 
     torch.set_num_threads(1)
     data = run_suite(tmp_path / "out", tmp_path / "work", QUICK, lambda _line: None)
     rows = {row["attack"]: row for row in data["attacks"]}
-    # Two liars, four rounds each, then quarantine: with another Python's library as text, one of the
-    # five rounds may be one in which the honest agree too little for anybody to be judged.
+    # Two liars, four rounds each, then quarantine: with another Python's library as text, one of
+    # the five rounds may be one in which the honest agree too little for anybody to be judged.
     assert rows["sign flip"]["judged"].get("set-aside", 0) == 8
     assert rows["copy"]["verdicts"].get("copied", 0) >= 2
     assert set(rows["NaN"]["verdicts"]) <= {"payload-malformed", "not-finite"}
