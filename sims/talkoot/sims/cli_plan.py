@@ -41,6 +41,9 @@ def plan(
     events: Annotated[
         bool, typer.Option("--events", help="With --out: every node's rounds as events.csv, too.")
     ] = False,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="With --events: events.parquet, too (pyarrow).")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would cost in time and memory, only.")
     ] = False,
@@ -55,9 +58,14 @@ def plan(
 
     from talkoot.protocol.errors import ConfigError
     from talkoot.sims.planning.sweep import cost_of, parse_changes, points_of, run_points
+    from talkoot.sims.tables import require_parquet
 
     if events and out is None:
         raise ConfigError("--events needs --out, the directory that events.csv goes to.")
+    if parquet:
+        if not events:
+            raise ConfigError("--parquet needs --events: they are what is written as Parquet.")
+        require_parquet()
     points = points_of(scenario, sweep or [], parse_changes(change or []), seeds)
     if dry_run:
         cost = cost_of(points)
@@ -68,7 +76,7 @@ def plan(
     done = run_points(points, console, events=events)
     document = _document(done, swept)
     if out is not None:
-        _write(done, document, out, swept, events)
+        _write(done, document, out, swept, events, parquet)
     if as_json:
         typer.echo(json.dumps(document, indent=1))
     else:
@@ -90,7 +98,12 @@ def _document(points: list[Point], swept: bool) -> dict[str, Any]:
 
 
 def _write(
-    points: list[Point], document: dict[str, Any], out: Path, swept: bool, events: bool
+    points: list[Point],
+    document: dict[str, Any],
+    out: Path,
+    swept: bool,
+    events: bool,
+    parquet: bool,
 ) -> None:
     from talkoot.protocol.files import write_atomic
     from talkoot.sims.planning.report import write_report, write_sweep
@@ -103,7 +116,7 @@ def _write(
     else:
         write_report(points[0].results, out)
         if events:
-            write_events(points[0].results[0], out / "events.csv")
+            write_events(points[0].results[0], out / "events", parquet=parquet)
 
 
 def _print(points: list[Point], swept: bool, console: Any, out: Path | None) -> None:

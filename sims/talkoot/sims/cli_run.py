@@ -46,6 +46,9 @@ def run_scenario(
         int | None, typer.Option(min=0, max=2**32 - 1, help="Instead of the scenario's.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Instead of the scenario's.")] = None,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Write the tables as Parquet, too (pyarrow).")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take in time and memory.")
     ] = False,
@@ -59,12 +62,15 @@ def run_scenario(
     from rich.console import Console
 
     from talkoot.sims.scenario import load_scenario
+    from talkoot.sims.tables import require_parquet
     from talkoot.sims.virtual.command import require_extra, run
 
     given = {"seed": seed, "rounds": rounds}
     loaded = load_scenario(scenario, {k: v for k, v in given.items() if v is not None})
     console = Console(stderr=True)
     require_extra()
+    if parquet:
+        require_parquet()
     if dry_run:
         from talkoot.sims.virtual.estimate import estimate
 
@@ -74,7 +80,13 @@ def run_scenario(
         return
     with _Progress(console, loaded) as progress:
         result = run(
-            loaded, out=out, work=work, workers=workers, address=address, progress=progress.hear
+            loaded,
+            out=out,
+            work=work,
+            workers=workers,
+            address=address,
+            progress=progress.hear,
+            parquet=parquet,
         )
     if as_json:
         typer.echo(json.dumps(result.document, indent=1))

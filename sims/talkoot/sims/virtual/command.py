@@ -21,6 +21,7 @@ from typing import Any, Final
 from talkoot.protocol.errors import ConfigError, StateError, TalkootError, UnavailableError
 from talkoot.protocol.files import DirectoryLock, write_atomic
 from talkoot.sims.scenario import Scenario, broken
+from talkoot.sims.tables import require_parquet
 from talkoot.sims.virtual import session
 from talkoot.sims.virtual.layout import Layout
 
@@ -75,6 +76,7 @@ def run(
     workers: int | None = None,
     address: str | None = None,
     progress: Progress = no_progress,
+    parquet: bool = False,
 ) -> RunResult:
     """Simulate a scenario with real training. What was begun in ``out`` goes on where it was.
 
@@ -85,12 +87,15 @@ def run(
         workers: processes that train; one for each CPU if not given.
         address: of a Ray cluster whose machines all see ``work``.
         progress: hears how far it is.
+        parquet: write the tables as Parquet, too (``talkoot[parquet]``).
 
     Raises:
-        ConfigError: the extra is not installed, or the scenario is too large for real training.
+        ConfigError: an extra is not installed, or the scenario is too large for real training.
         UnavailableError: the engine failed; the same call goes on where it was.
     """
     require_extra()
+    if parquet:
+        require_parquet()
     if scenario.nodes > MAX_NODES:
         raise ConfigError(
             f"{scenario.nodes} nodes are more than real training bears here ({MAX_NODES}): use "
@@ -106,7 +111,7 @@ def run(
     with DirectoryLock(files, who="simulation"):
         if not found.exists():
             _drive(scenario, files, found, count, address, progress)
-        return _report(scenario, target, Layout(files), found)
+        return _report(scenario, target, Layout(files), found, parquet)
 
 
 def require_extra() -> None:
@@ -137,7 +142,9 @@ def _same_scenario(files: Path, scenario: Scenario) -> None:
         )
 
 
-def _report(scenario: Scenario, out: Path, layout: Layout, result: Path) -> RunResult:
+def _report(
+    scenario: Scenario, out: Path, layout: Layout, result: Path, parquet: bool
+) -> RunResult:
     from talkoot.sims.virtual.report import write_report
     from talkoot.sims.virtual.result import read_leases, write_tables
 
@@ -149,7 +156,7 @@ def _report(scenario: Scenario, out: Path, layout: Layout, result: Path) -> RunR
     present = document.pop("presence", [])
     leases = read_leases(layout.events, document.pop("beliefs", {}))
     write_atomic(out / "run.json", json.dumps(document, indent=1).encode())
-    write_tables(document, leases, present, out)
+    write_tables(document, leases, present, out, parquet=parquet)
     write_report(document, leases, present, out)
     return RunResult(
         figures=document["figures"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from collections import Counter
@@ -29,35 +28,38 @@ from talkoot.server.ledger.schema import (
 )
 from talkoot.sims.planning.fleet import Fleet
 from talkoot.sims.scenario import Scenario
+from talkoot.sims.tables import Columns, rows_of, write_table
 from talkoot.sims.virtual.layout import Profile
 from talkoot.sims.virtual.site import EPOCH, Messages, Site
 from talkoot.sims.virtual.world import DAY, World
 
-EVENT_FIELDS: Final = (
-    "round",
-    "attempt",
-    "node",
-    "population",
-    "attack",
-    "tokens",
-    "sent",
-    "fetched",
-    "trained",
-    "encoded",
-    "arrived",
-    "answered",
-    "bytes_down",
-    "bytes_up",
-    "answer",
-    "loss",
-    "influence",
-    "judged",
-    "lease",
-)
+LEASE_COLUMNS: Final[Columns] = {
+    **{"round": int, "attempt": int, "node": str, "population": str, "attack": str, "tokens": int},
+    **dict.fromkeys(("sent", "fetched", "trained", "encoded", "arrived", "answered"), float),
+    **{"bytes_down": int, "bytes_up": int, "answer": str},
+    **{"loss": float, "influence": float, "judged": str, "lease": str},
+}
 """Of one lease; times are virtual seconds since the beginning. ``loss`` is the node's own word,
 ``influence`` and ``judged`` what was believed of it when its round closed."""
-EVIDENCE_FIELDS: Final = ("at", "round", "node", "attack", "kind", "points", "sentence", "lease")
-PRESENCE_FIELDS: Final = ("node", "population", "came", "went")
+EVIDENCE_COLUMNS: Final[Columns] = {
+    **{"at": float, "round": int, "node": str, "attack": str, "kind": str, "points": float},
+    **{"sentence": str, "lease": str},
+}
+PRESENCE_COLUMNS: Final[Columns] = {"node": str, "population": str, "came": float, "went": float}
+ROUND_COLUMNS: Final[Columns] = {
+    **dict.fromkeys(("round", "attempts"), int),
+    **dict.fromkeys(("opened", "closed", "published"), float),
+    "reason": str,
+    **dict.fromkeys(("leases", "contributions", "tokens", "tokens_so_far", "bytes_up"), int),
+    **{"loss": float, "heldout": float, "weights_digest": str},
+}
+NODE_COLUMNS: Final[Columns] = {
+    **dict.fromkeys(("name", "population", "attack", "status"), str),
+    **dict.fromkeys(("contributions", "tokens"), int),
+    **dict.fromkeys(("train_seconds", "online_seconds"), float),
+    **dict.fromkeys(("bytes_up", "bytes_down", "message_bytes_up", "message_bytes_down"), int),
+    "quarantined": float,
+}
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def presence(world: World, profiles: Sequence[Profile]) -> list[dict[str, Any]]:
                 profile = profiles[index]
                 spans = (round(float(came), 3), round(min(float(went), end), 3))
                 row = (profile.name, profile.population, *spans)
-                found.append(dict(zip(PRESENCE_FIELDS, row, strict=True)))
+                found.append(dict(zip(PRESENCE_COLUMNS, row, strict=True)))
     return found
 
 
@@ -356,18 +358,15 @@ def write_tables(
     leases: Sequence[Mapping[str, Any]],
     present: Sequence[Mapping[str, Any]],
     out: Path,
+    *,
+    parquet: bool = False,
 ) -> None:
-    """``rounds``, ``nodes``, ``leases``, ``presence`` and ``evidence`` as CSV, for pandas."""
-    _table(out / "rounds.csv", document["rounds"])
-    _table(out / "nodes.csv", document["nodes"])
-    _table(out / "leases.csv", leases, EVENT_FIELDS)
-    _table(out / "presence.csv", present, PRESENCE_FIELDS)
-    _table(out / "evidence.csv", document.get("evidence", ()), EVIDENCE_FIELDS)
-
-
-def _table(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str] = ()) -> None:
-    names = list(fields or (rows[0] if rows else ()))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    """``rounds``, ``nodes``, ``leases``, ``presence`` and ``evidence``, for pandas."""
+    for name, columns, rows in (
+        ("rounds", ROUND_COLUMNS, document["rounds"]),
+        ("nodes", NODE_COLUMNS, document["nodes"]),
+        ("leases", LEASE_COLUMNS, leases),
+        ("presence", PRESENCE_COLUMNS, present),
+        ("evidence", EVIDENCE_COLUMNS, document.get("evidence", ())),
+    ):
+        write_table(out / name, columns, rows_of(columns, rows), parquet=parquet)
