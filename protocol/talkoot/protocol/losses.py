@@ -20,7 +20,8 @@ CHUNK_TOKENS: Final = 512
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropy of ``hidden @ weight.T + bias`` with ``targets``, in fp32.
 
-    Beside the gradients that it returns it needs the fp32 logits of one chunk, twice.
+    Beside the gradients that it returns it needs the fp32 logits of one chunk, and those in the
+    dtype of products.
     """
 
     @staticmethod
@@ -40,7 +41,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + CHUNK_TOKENS)
             logits = _logits(hidden[part], cast, bias)
             right = logits.gather(1, targets[part, None]).squeeze(1)
-            total += (torch.logsumexp(logits, 1) - right).sum()
+            most, mass = _exponentiate(logits)
+            total += (mass.log_().add_(most) - right[:, None]).sum()
             del logits  # before the next chunk's are made
         return total
 
@@ -56,7 +58,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
             logits = _logits(hidden[part], cast, bias)
-            slope = logits.sub_(torch.logsumexp(logits, 1, keepdim=True)).exp_()
+            _, mass = _exponentiate(logits)
+            slope = logits.div_(mass)
             one = torch.ones((), dtype=slope.dtype, device=slope.device)
             slope.scatter_add_(1, targets[part, None], (-one).expand(len(slope), 1))
             slope.mul_(upstream)
@@ -79,6 +82,15 @@ def _logits(hidden: Tensor, cast: Tensor, bias: Tensor | None) -> Tensor:
     """(tokens, vocabulary) fp32, in memory of their own."""
     narrow = hidden.to(cast.dtype) @ cast.T
     return narrow.float() if bias is None else narrow.float() + bias.float()
+
+
+def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """``exp(logits - max)`` in place; returns max and the sum of it, (tokens, 1) both.
+
+    ``torch.logsumexp`` would take the memory of all logits once more.
+    """
+    most = logits.amax(1, keepdim=True)
+    return most, logits.sub_(most).exp_().sum(1, keepdim=True)
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:

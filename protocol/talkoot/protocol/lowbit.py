@@ -85,7 +85,8 @@ class Table:
         """What :meth:`quantise` gave, as (n,) fp32."""
         if self.bits == 4:
             codes = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)
-        values = self.levels[codes.int()].view(-1, self.block)
+        # `levels[codes]` would make indices of 64 bits on its way: twice the result's memory.
+        values = self.levels.index_select(0, codes.int()).view(-1, self.block)
         return values.mul_(scales[:, None]).view(-1)
 
     def empty(self, numel: int, device: torch.device) -> tuple[Tensor, Tensor]:
