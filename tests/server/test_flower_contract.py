@@ -18,7 +18,10 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid.http_grid import HttpGrid
 
+from talkoot.client import flower as client_flower
 from talkoot.client.flower import FleetHost
 from talkoot.protocol.control import (
     MESSAGE_TYPE,
@@ -43,14 +46,15 @@ PROBE = b"""
 import json, os, time
 from pathlib import Path
 from flwr.serverapp import ServerApp
-from talkoot.server.flower import GridControl
+from talkoot.server import flower
 
+flower.REPLY_SECONDS = 3.0
 app = ServerApp()
 
 @app.main()
 def main(grid, context):
     # Does what it finds in a file, and writes what came of it into another, until told to end.
-    control, folder, number = GridControl(grid), Path(os.environ["PROBE"]), 0
+    control, folder, number = flower.WaryGridControl(grid), Path(os.environ["PROBE"]), 0
     while True:
         order = folder / f"order-{number}.json"
         if not order.exists():
@@ -309,6 +313,55 @@ def test_a_reply_without_a_verdict_is_told_as_none(superlink: LocalSuperLink, pr
         host.close()
 
 
+def test_a_reply_whose_parts_never_come_holds_up_nobody(
+    superlink: LocalSuperLink, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = ClientApp()
+
+    @app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
+    def train(message: Message, _context: Context) -> Message:
+        verdict = ConfigRecord({VERDICT_KEY: "done"})
+        return Message(RecordDict({VERDICT_RECORD: verdict}), reply_to=message)
+
+    liar, honest = _node(superlink, app), _node(superlink, app)
+    liar_id, honest_id = liar.connect(1.0), honest.connect(1.0)
+    try:
+        probe.call("send", {liar_id: "a", honest_id: "b"})
+        with monkeypatch.context() as patched:
+            patched.setattr(client_flower, "push_objects", lambda *_arguments, **_options: None)
+            assert liar.poll() is True
+        assert honest.poll() is True
+        # Flower's own way would wait two hours for the first before it gives the second.
+        replies = _until(lambda: probe.call("replies"))
+        assert replies == [[honest_id, "done"]]
+        assert _until(lambda: probe.call("replies")) == [[liar_id, None]]
+        assert probe.call("replies") == []
+    finally:
+        liar.close()
+        honest.close()
+
+
+def test_a_reply_of_more_parts_than_any_of_ours_is_not_read(
+    superlink: LocalSuperLink, probe: Probe
+) -> None:
+    app = ClientApp()
+
+    @app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
+    def train(message: Message, _context: Context) -> Message:
+        records = {f"record {n}": ConfigRecord({"n": n}) for n in range(flower.MAX_PARTS)}
+        records[VERDICT_RECORD] = ConfigRecord({VERDICT_KEY: "done"})
+        return Message(RecordDict(dict(records)), reply_to=message)
+
+    host = _node(superlink, app)
+    node_id = host.connect(1.0)
+    try:
+        probe.call("send", {node_id: "a task"})
+        assert host.poll() is True
+        assert _until(lambda: probe.call("replies")) == [[node_id, None]]
+    finally:
+        host.close()
+
+
 def test_a_task_for_a_node_that_is_gone_does_not_stop_the_others(
     superlink: LocalSuperLink, probe: Probe
 ) -> None:
@@ -334,6 +387,11 @@ def test_a_task_for_a_node_that_is_gone_does_not_stop_the_others(
 def test_a_grid_has_the_calls_that_the_round_loop_makes() -> None:
     for name in ("get_node_ids", "push_messages", "pull_messages"):
         assert callable(getattr(Grid, name, None)), f"Grid.{name} is gone"
+    for name in ("_runtime_client", "run"):
+        assert isinstance(getattr(HttpGrid, name, None), property), f"HttpGrid.{name} is gone"
+    assert "node" in vars(HttpGrid(token="none"))
+    for call in ("PullMessages", "PullObject", "ConfirmMessageReceived"):
+        assert callable(getattr(RuntimeHttpClient, call, None)), f"RuntimeHttpClient.{call} is gone"
 
 
 def test_a_bundle_that_was_torn_on_the_disk_is_removed_and_a_whole_one_kept(tmp_path: Path) -> None:

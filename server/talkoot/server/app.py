@@ -52,7 +52,7 @@ def operators(grid: Grid) -> Iterator[Conductor]:
     """The operator's state directory, the machine's clock, and Flower's grid as it is."""
     from talkoot.server.conductor import Conductor
     from talkoot.server.coordinator import Coordinator
-    from talkoot.server.flower import ControlApi, GridControl
+    from talkoot.server.flower import ControlApi, WaryGridControl
     from talkoot.server.logs import configure
     from talkoot.server.registry import Registry
 
@@ -72,7 +72,7 @@ def operators(grid: Grid) -> Iterator[Conductor]:
     warm = threading.Thread(target=importlib.import_module, args=("talkoot.server.aggregate",))
     warm.start()  # the first round is at work meanwhile
     try:
-        yield Conductor(coordinator, Registry(coordinator, control), GridControl(grid))
+        yield Conductor(coordinator, Registry(coordinator, control), WaryGridControl(grid))
     finally:
         lock.release()
         coordinator.close()

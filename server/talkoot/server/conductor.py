@@ -50,7 +50,7 @@ be on its way into the ledger."""
 
 
 class ControlPlane(Protocol):
-    """The way to the nodes; ``GridControl`` over Flower in production."""
+    """The way to the nodes; ``WaryGridControl`` over Flower in production."""
 
     def online(self) -> frozenset[int]:
         """Flower ids of the nodes that are there."""

@@ -8,14 +8,17 @@ line. ``tests/server/test_flower_contract.py`` says what broke when Flower chang
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from talkoot.protocol.control import (
     MESSAGE_TYPE,
@@ -28,6 +31,13 @@ from talkoot.protocol.errors import RefusedError, UnavailableError
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
+
+log = logging.getLogger(__name__)
+
+MAX_PARTS: Final = 8
+"""Of a reply; ours have three: the message, its records, and the one with the verdict."""
+REPLY_SECONDS: Final = 15.0
+"""The parts of a reply follow its announcement at once, or do not come."""
 
 _BUNDLE = b"""\
 [project]
@@ -221,7 +231,8 @@ class GridControl:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._waiting: set[str] = set()
+        self._waiting: dict[str, int] = {}
+        """Flower's node ids by the messages that they have not answered."""
 
     def online(self) -> frozenset[int]:
         """Flower ids of the nodes whose heartbeat is fresh."""
@@ -241,8 +252,12 @@ class GridControl:
             )
             for flower_node_id, signed in tasks.items()
         ]
-        if messages:
-            self._waiting.update(m for m in self._grid.push_messages(messages) if m)
+        if not messages:
+            return
+        pushed = frozenset(self._grid.push_messages(messages))
+        for message in messages:
+            if message.metadata.message_id in pushed:
+                self._waiting[message.metadata.message_id] = int(message.metadata.dst_node_id)
 
     def replies(self) -> Iterable[tuple[int, str | None]]:
         """What came back since the last call: (Flower node id, verdict JSON or None on an error).
@@ -251,19 +266,137 @@ class GridControl:
         """
         if not self._waiting:
             return []
-        out: list[tuple[int, str | None]] = []
-        for reply in self._grid.pull_messages(sorted(self._waiting)):
-            self._waiting.discard(reply.metadata.reply_to_message_id)
-            if reply.metadata.src_node_id == 0 or reply.has_error():
-                out.append((int(reply.metadata.src_node_id), None))
-                continue
-            record = reply.content.config_records.get(VERDICT_RECORD)
-            verdict = record.get(VERDICT_KEY) if record is not None else None
-            out.append(
-                (int(reply.metadata.src_node_id), verdict if isinstance(verdict, str) else None)
-            )
-        return out
+        return [
+            (node_id, _verdict_of(reply))
+            for reply in self._grid.pull_messages(sorted(self._waiting))
+            if (node_id := self._waiting.pop(reply.metadata.reply_to_message_id, None)) is not None
+        ]
 
     def forget(self) -> None:
         """Stop waiting for the replies of an earlier round."""
         self._waiting.clear()
+
+
+@dataclass
+class _Arriving:
+    """A reply that was announced, and whose parts the SuperLink may not have yet."""
+
+    node_id: int
+    message_id: str
+    missing: list[str]
+    parts: dict[str, bytes]
+    until: float
+    """By the clock of the control."""
+
+
+class WaryGridControl(GridControl):
+    """:class:`GridControl` over a SuperLink whose nodes are strangers: it waits for nobody.
+
+    A node announces its reply and sends the parts of it afterwards. The Grid's own
+    ``pull_messages`` waits up to two hours for parts that do not come, because their sender was
+    banned meanwhile, died or means harm, and the round loop with it. Here each part is asked for
+    once a call, and a reply that is not whole after :data:`REPLY_SECONDS` counts as an error, as
+    does one that is larger than any of ours or cannot be read.
+
+    Args:
+        grid: Flower's ``HttpGrid``.
+        clock: a monotonic clock, in seconds.
+    """
+
+    def __init__(self, grid: Grid, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(grid)
+        self._http: Any = grid
+        self._clock = clock
+        self._arriving: list[_Arriving] = []
+
+    def replies(self) -> Iterable[tuple[int, str | None]]:
+        """See :meth:`GridControl.replies`."""
+        out: list[tuple[int, str | None]] = []
+        if self._waiting:
+            out += [(node_id, None) for node_id in self._announced()]
+        still = []
+        for reply in self._arriving:
+            if self._pull(reply):
+                out.append((reply.node_id, _read(reply)))
+            elif self._clock() < reply.until:
+                still.append(reply)
+                continue
+            else:
+                out.append((reply.node_id, None))
+            self._confirm(reply)
+        self._arriving = still
+        return out
+
+    def forget(self) -> None:
+        """Stop waiting for the replies of an earlier round."""
+        super().forget()
+        for reply in self._arriving:
+            self._confirm(reply)
+        self._arriving.clear()
+
+    def _announced(self) -> list[int]:
+        """Note which replies are on their way; returns whose are refused unread."""
+        from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+        from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+
+        refused = []
+        asked = PullAppMessagesRequest(message_ids=sorted(self._waiting))
+        found = self._http._runtime_client.PullMessages(asked)
+        for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            node_id = self._waiting.pop(message.metadata.reply_to_message_id, None)
+            if node_id is None:
+                continue
+            parts = [part.object_id for part in islice(iterate_object_tree(tree), MAX_PARTS + 1)]
+            if len(parts) > MAX_PARTS:
+                refused.append(node_id)
+                continue
+            until = self._clock() + REPLY_SECONDS
+            self._arriving.append(_Arriving(node_id, message.metadata.message_id, parts, {}, until))
+        return refused
+
+    def _pull(self, reply: _Arriving) -> bool:
+        """Ask once for what is missing of a reply; whether it is whole."""
+        from flwr.proto.message_pb2 import PullObjectRequest
+
+        for part in list(reply.missing):
+            asked = PullObjectRequest(
+                node=self._http.node, run_id=self._http.run.run_id, object_id=part
+            )
+            found = self._http._runtime_client.PullObject(asked)
+            if not found.object_available:
+                return False
+            reply.parts[part] = found.object_content
+            reply.missing.remove(part)
+        return True
+
+    def _confirm(self, reply: _Arriving) -> None:
+        """Let the SuperLink forget it."""
+        from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+
+        self._http._runtime_client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=self._http.node,
+                run_id=self._http.run.run_id,
+                message_object_id=reply.message_id,
+            )
+        )
+
+
+def _read(reply: _Arriving) -> str | None:
+    from flwr.app import Message
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+    try:
+        message = inflate_object_from_contents(reply.message_id, reply.parts)
+        return _verdict_of(message) if isinstance(message, Message) else None
+    except Exception as err:  # noqa: BLE001 - flwr meets a stranger's nonsense with any error
+        log.warning("Flower's node %d sent a broken reply (%s)", reply.node_id, err)
+        return None
+
+
+def _verdict_of(reply: Any) -> str | None:
+    if reply.has_error():
+        return None
+    record = reply.content.config_records.get(VERDICT_RECORD)
+    verdict = record.get(VERDICT_KEY) if record is not None else None
+    return verdict if isinstance(verdict, str) else None
