@@ -25,6 +25,7 @@ from talkoot.server.ledger.schema import (
     CommittedBlock,
     ContributionRecord,
     Event,
+    JudgementRecord,
     LeaseRecord,
     Node,
     NodeState,
@@ -354,6 +355,84 @@ def test_a_round_with_most_of_its_tokens_closes_and_who_is_late_is_told(site: Si
     assert "its blocks went back to the pool" in verdict.sentence
 
 
+def test_who_holds_up_round_after_round_is_waited_for_less_and_less_until_it_delivers(
+    site: Site,
+) -> None:
+    names = ("anna", "bert", "loris")
+    *honest, loris = nodes = [site.add_node(name) for name in names]
+    leased: list[int] = []
+    for number in range(1, 12):
+        opened(site)
+        with site.coordinator.ledger.read() as session:
+            has = site.book.holds_lease(session, loris)
+        assert has == any(t.node_id == loris for t in site.book.open_tasks())
+        for node in honest:
+            assert give(site, site.task(node)).accepted
+        decision = site.book.decide(site.online(*nodes), NOW + 1)
+        assert decision is not None
+        assert decision.action == ("wait" if has else "close")
+        if has:
+            leased.append(number)
+        if number == 8:
+            assert give(site, site.task(loris)).accepted  # it was the line, and not the node
+        site.book.close_round("the deadline", now=NOW + 101, waited_for=site.online(*nodes))
+        publish(site, number)
+    assert leased == [1, 2, 4, 8, 9, 10]
+
+
+def test_who_was_paused_or_away_at_the_deadline_has_held_up_nobody(site: Site) -> None:
+    anna, away = site.add_node("anna"), site.add_node("away")
+    paused = site.add_node("paused")
+    for number in (1, 2, 3):
+        opened(site)
+        assert len(site.book.open_tasks()) == 3
+        assert give(site, site.task(anna)).accepted
+        said(site, paused, state="paused", version=number - 1)
+        site.book.close_round("deadline", now=NOW, waited_for=site.online(anna, paused))
+        publish(site, number)
+        said(site, paused, version=number)
+    assert away
+
+
+def test_a_network_of_laggards_alone_is_leased_nevertheless(site: Site) -> None:
+    only = site.add_node("only")
+    for number in range(1, 5):
+        opened(site)
+        site.book.close_round("deadline", now=NOW, waited_for=site.online(only))
+        publish(site, number)
+    opened(site)
+    assert site.task(only).round == 5
+
+
+def test_tokens_of_what_was_set_aside_do_not_move_the_schedule_on(site: Site) -> None:
+    anna, liar = site.add_node("anna"), site.add_node("liar")
+    opened(site)
+    first, second = site.task(anna), site.task(liar)
+    assert give(site, first).accepted
+    assert give(site, second).accepted
+    site.book.close_round("all", now=NOW)
+    with site.coordinator.ledger.write() as session:
+        for task, influence in ((first, 1.0), (second, 0.0)):
+            session.add(
+                JudgementRecord(
+                    lease_id=task.lease.lease_id,
+                    run_id=task.run_id,
+                    round=1,
+                    node_id=task.lease.node_id,
+                    scaled_norm=1.0,
+                    sketch=None,
+                    shares=None,
+                    influence=influence,
+                    agreement=None,
+                    code="counted",
+                    sentence="Judged.",
+                )
+            )
+    publish(site, 1)
+    opened(site)
+    assert site.task(anna).tokens_before == first.lease.tokens
+
+
 # Reopening ----------------------------------------------------------------------
 
 
@@ -569,7 +648,8 @@ class Network(RuleBasedStateMachine):
             decision = book.decide(self._online(), self.now)
             assert decision is not None
             if decision.action == "close":
-                book.close_round(decision.sentence, now=self.now)
+                late = self._online() if decision.code == "deadline" else frozenset()
+                book.close_round(decision.sentence, now=self.now, waited_for=late)
             elif decision.action == "reopen":
                 book.open_round(self._online(), 0.25, now=self.now)
         self._collect()

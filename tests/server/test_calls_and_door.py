@@ -6,12 +6,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
 from talkoot.protocol.errors import UnavailableError
 from talkoot.server.calls import Calls
 from talkoot.server.door import Doorkeeper, GuardedSocket, PortGuard
+from talkoot.server.first_word import SilentCalls
 
 
 class Clock:
@@ -48,6 +50,25 @@ def test_the_calls_of_the_banned_are_ended_and_no_others() -> None:
     over.close()
     assert calls.end({"b", "c"}) == 1
     assert ended == ["b"]
+
+
+def test_many_peers_together_cannot_hold_all_threads_by_saying_nothing() -> None:
+    clock = Clock()
+    silent = SilentCalls(60.0, per_peer=2, now=clock, total=3)
+    ended: list[str] = []
+    with ExitStack() as stack:
+
+        def call(peer: str) -> bool:
+            return stack.enter_context(silent.waiting(peer, lambda: ended.append(peer)))
+
+        assert [call("a"), call("a"), call("a"), call("b")] == [True, True, False, True]
+        assert call("c")
+        assert ended == ["a"]  # who has the most loses its oldest
+        assert call("d")
+        assert ended == ["a"]  # all have one, and had no time to speak yet
+        clock.now = 3.0
+        assert call("e")
+        assert ended == ["a", "a"]
 
 
 def test_one_address_cannot_take_all_places_and_gives_its_own_back() -> None:

@@ -69,6 +69,19 @@ def test_a_full_table_of_moving_streams_is_busy() -> None:
     assert table.cancelled == []
 
 
+def test_a_full_table_takes_a_moving_stream_from_whoever_has_two_more_than_the_newcomer() -> None:
+    table = Table(total=4, per_node=4)
+    first = table.open("a")
+    others = [table.open(node) for node in "aab"]
+    table.time = 5.0
+    first.touch(MIN_PROGRESS)
+    table.open("c")
+    assert table.cancelled == [others[0]]  # of the node with three, and still for longest
+    with pytest.raises(UnavailableError):  # a: 2, b: 1, c: 1: nobody has two more than b
+        table.open("b")
+    assert table.by_node() == {"a": 2, "b": 1, "c": 1}
+
+
 def test_a_released_place_is_free_again() -> None:
     table = Table(total=1, per_node=1)
     with table.open("a") as stream:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from talkoot.server.validator import Validator
+from talkoot.sims.attacks.figures import table
 from talkoot.sims.attacks.kinds import Actor
 from talkoot.sims.attacks.stage import Stage
-from talkoot.sims.attacks.suite import QUICK, make_state, run_suite, table
+from talkoot.sims.attacks.suite import QUICK, make_state, run_suite
 
 
 def test_the_quick_suite_sets_liars_aside_and_no_honest_node(tmp_path: Path) -> None:
@@ -24,7 +25,12 @@ def test_the_quick_suite_sets_liars_aside_and_no_honest_node(tmp_path: Path) -> 
     assert set(rows["NaN"]["verdicts"]) <= {"payload-malformed", "not-finite"}
     assert data["honest_nodes"]["quarantined"] == 0
     assert (tmp_path / "out" / "attacks.json").is_file()
-    assert table(data).count("\n") == 1 + len(rows)
+    assert table(data).count("\n") == 3 + len(rows)
+    (transfers,) = rows["slow-loris"]["transfers"]
+    assert transfers["honest_failed"] == 0
+    assert transfers["places"]["a_liar_held_at_most"] <= transfers["places"]["cap"]
+    assert transfers["places_freed_at_the_end"]
+    assert transfers["rounds_held_to_the_deadline"] == 3  # of the four: then it waits for nobody
 
 
 def test_an_honest_first_lease_replays_to_the_same_bytes_and_helps(tmp_path: Path) -> None:

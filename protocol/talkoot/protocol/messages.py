@@ -435,7 +435,8 @@ class RoundTask(Message):
     base: VersionRef
     """Train from here."""
     tokens_before: Count
-    """Tokens that the whole network had committed when the round opened: where the schedule is."""
+    """Tokens that the whole network had learned from when the round opened: where the schedule is.
+    Those of contributions that were set aside are not among them."""
     tokens_round: Count
     """Tokens that all leases of this round hold together."""
     fresh_state: bool = False

@@ -6,7 +6,7 @@ The rules are in ``rounds.py`` and ``leases.py``; here they meet the ledger.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,9 +31,11 @@ from talkoot.protocol.messages import (
 from talkoot.protocol.refusals import printable
 from talkoot.server.belief import Belief
 from talkoot.server.coordinator import Coordinator, note
+from talkoot.server.laggards import MISSED, left_out
 from talkoot.server.ledger.schema import (
     CommittedBlock,
     ContributionRecord,
+    JudgementRecord,
     LeaseRecord,
     Node,
     NodeState,
@@ -143,11 +145,18 @@ class Book:
             updates=tuple(_ref(u.update_digest, u.update_bytes) for u in updates),
         )
 
-    def tokens_committed(self, session: Session) -> int:
-        """Tokens of all accepted contributions."""
+    def tokens_learned(self, session: Session) -> int:
+        """Tokens of all accepted contributions but those that were judged to count nothing.
+
+        This is where the schedule is: liars would else bring the learning rate down before the
+        model has seen what it is to learn from.
+        """
         total = session.scalar(
-            select(func.coalesce(func.sum(ContributionRecord.tokens), 0)).where(
-                ContributionRecord.run_id == self._c.run_id
+            select(func.coalesce(func.sum(ContributionRecord.tokens), 0))
+            .outerjoin(JudgementRecord, JudgementRecord.lease_id == ContributionRecord.lease_id)
+            .where(
+                ContributionRecord.run_id == self._c.run_id,
+                func.coalesce(JudgementRecord.influence, 1.0) > 0,
             )
         )
         return int(total or 0)
@@ -215,10 +224,14 @@ class Book:
                 already = self._contributions(session, current.round)
                 done = {c.node_id for c in already}
                 members = [m for m in members if m.node_id not in done]
+            number = version.version + 1
+            slow = left_out(session, self._c.run_id, number)
+            punctual = [m for m in members if m.node_id not in slow]
+            if punctual and len(punctual) + len(already) >= config.round.min_nodes:
+                members = punctual
             if len(members) + len(already) < config.round.min_nodes or not members:
                 return None
 
-            number = version.version + 1
             attempt = 0 if current is None else current.attempt + 1
             speeds = [m.tokens_per_second for m in members if m.tokens_per_second > 0]
             median = statistics.median(speeds) if speeds else 0.0
@@ -244,7 +257,7 @@ class Book:
                 ],
             )
             committed_here = sum(c.tokens for c in already)
-            tokens_before = self.tokens_committed(session) - committed_here
+            tokens_before = self.tokens_learned(session) - committed_here
             tokens_round = committed_here + sum(lease.tokens for lease in leases)
             deadline = now + config.round.deadline_seconds
             if current is None:
@@ -491,29 +504,7 @@ class Book:
             current = self.current_round(session)
             if current is None or current.state != "open":
                 return None
-            rows = session.execute(
-                select(LeaseRecord, Node, NodeState)
-                .join(Node, Node.node_id == LeaseRecord.node_id)
-                .outerjoin(NodeState, NodeState.node_id == LeaseRecord.node_id)
-                .where(
-                    LeaseRecord.run_id == self._c.run_id,
-                    LeaseRecord.round == current.round,
-                    LeaseRecord.state != "released",
-                )
-            )
-            patience = self._patience(session, now)
-            views = [
-                LeaseView(
-                    node_id=lease.node_id,
-                    state="committed" if lease.state == "committed" else "open",
-                    # A paused node keeps its lease, and nobody waits for it.
-                    live=int(node.flower_node_id or 0) in online
-                    and _reachable(state, now, patience)
-                    and not _paused(state),
-                    tokens=lease.tokens,
-                )
-                for lease, node, state in rows
-            ]
+            views = self._views(session, current, online, now)
         view = RoundView(
             round=current.round,
             deadline_unix=current.deadline_unix,
@@ -523,8 +514,42 @@ class Book:
         )
         return decide(view, now)
 
-    def close_round(self, reason: str, *, now: float) -> None:
-        """Fix the set of contributions; what is not committed goes back to the pool."""
+    def _views(
+        self, session: Session, current: Round, online: frozenset[int], now: float
+    ) -> list[LeaseView]:
+        """A round's leases but those that were given back."""
+        rows = session.execute(
+            select(LeaseRecord, Node, NodeState)
+            .join(Node, Node.node_id == LeaseRecord.node_id)
+            .outerjoin(NodeState, NodeState.node_id == LeaseRecord.node_id)
+            .where(
+                LeaseRecord.run_id == self._c.run_id,
+                LeaseRecord.round == current.round,
+                LeaseRecord.state != "released",
+            )
+        )
+        patience = self._patience(session, now)
+        return [
+            LeaseView(
+                node_id=lease.node_id,
+                state="committed" if lease.state == "committed" else "open",
+                # A paused node keeps its lease, and nobody waits for it.
+                live=int(node.flower_node_id or 0) in online
+                and _reachable(state, now, patience)
+                and not _paused(state),
+                tokens=lease.tokens,
+            )
+            for lease, node, state in rows
+        ]
+
+    def close_round(
+        self, reason: str, *, now: float, waited_for: frozenset[int] = frozenset()
+    ) -> None:
+        """Fix the set of contributions; what is not committed goes back to the pool.
+
+        ``waited_for``: who is online, when the round closes at its deadline: the nodes among them
+        that hold a lease have held everybody up.
+        """
         with self._c.ledger.write() as session:
             current = self.current_round(session)
             if current is None or current.state != "open":
@@ -532,9 +557,13 @@ class Book:
             current.state = "closing"
             current.closed_unix = now
             current.reason = reason
-            self._release(session, current.round, "the round was closed")
+            views = self._views(session, current, waited_for, now)
+            late = {view.node_id for view in views if view.state == "open" and view.live}
+            self._release(session, current.round, "the round was closed", late)
 
-    def _release(self, session: Session, number: int, reason: str) -> None:
+    def _release(
+        self, session: Session, number: int, reason: str, late: Collection[str] = ()
+    ) -> None:
         for lease in session.scalars(
             select(LeaseRecord).where(
                 LeaseRecord.run_id == self._c.run_id,
@@ -543,7 +572,7 @@ class Book:
             )
         ):
             lease.state = "released"
-            lease.reason = reason
+            lease.reason = MISSED if lease.node_id in late else reason
 
     def publish(
         self,

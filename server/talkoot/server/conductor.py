@@ -141,7 +141,8 @@ class Conductor:
             return False
         log.info(decision.sentence)
         if decision.action == "close":
-            self._book.close_round(decision.sentence, now=now)
+            late = self._who() if decision.code == "deadline" else frozenset()
+            self._book.close_round(decision.sentence, now=now, waited_for=late)
             faults.place("close.after-commit")
             self._reopen_pause = 0.0
             return True

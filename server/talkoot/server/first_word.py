@@ -9,6 +9,7 @@ a slow upload may be as slow as it is.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -16,6 +17,8 @@ from typing import Any, Final
 
 import grpc
 
+SPEAK_SECONDS: Final = 2.0
+"""A peer that has said nothing for so long makes room for others, when many are silent."""
 IDLE_SECONDS: Final = 5.0
 """How long the watching thread stays when there is nothing to watch."""
 
@@ -27,11 +30,15 @@ class SilentCalls:
         seconds: after so long a call is ended.
         per_peer: so many calls of one peer may be silent at once.
         now: a monotonic clock, in seconds.
+        total: so many of everybody; over it somebody makes room (:meth:`_make_room`).
     """
 
-    def __init__(self, seconds: float, per_peer: int, now: Callable[[], float]) -> None:
+    def __init__(
+        self, seconds: float, per_peer: int, now: Callable[[], float], *, total: int
+    ) -> None:
         self._seconds = seconds
         self._per_peer = per_peer
+        self._total = total
         self._now = now
         self._changed = threading.Condition()
         self._waiting: dict[int, tuple[float, str, Callable[[], object]]] = {}
@@ -41,24 +48,44 @@ class SilentCalls:
     @contextmanager
     def waiting(self, peer: str, cancel: Callable[[], object]) -> Iterator[bool]:
         """Watch a call while it is silent; yields False when its peer has too many of those."""
+        crowded: Callable[[], object] | None = None
         with self._changed:
             if sum(name == peer for _, name, _ in self._waiting.values()) >= self._per_peer:
                 number = None
             else:
                 number = self._next
                 self._next += 1
+                if len(self._waiting) >= self._total:
+                    crowded = self._make_room(peer)
                 self._waiting[number] = (self._now() + self._seconds, peer, cancel)
                 if not self._watching:
                     self._watching = True
                     threading.Thread(target=self._watch, name="silent-calls", daemon=True).start()
                 elif len(self._waiting) == 1:
                     self._changed.notify_all()
+        if crowded is not None:
+            crowded()
         try:
             yield number is not None
         finally:
             if number is not None:
                 with self._changed:
-                    del self._waiting[number]
+                    self._waiting.pop(number, None)
+
+    def _make_room(self, newcomer: str) -> Callable[[], object] | None:
+        """Take a call off the list, and say how to end it; None: let one more wait.
+
+        It is the oldest of the peer that then has the most. When all have one, it is the oldest
+        that had time to speak: an honest peer's request comes with its call.
+        """
+        counts = Counter([newcomer, *(peer for _, peer, _ in self._waiting.values())])
+        most = max(counts.values())
+        spoken_by = self._now() + self._seconds - SPEAK_SECONDS
+        for number, (due, peer, cancel) in self._waiting.items():  # oldest first
+            if counts[peer] == most if most > 1 else due < spoken_by:
+                del self._waiting[number]
+                return cancel
+        return None
 
     def _watch(self) -> None:
         while True:

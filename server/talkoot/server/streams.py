@@ -2,12 +2,15 @@
 
 A gRPC stream holds one worker thread for as long as its peer pleases. A node over its share loses
 its own oldest stream (most likely one whose connection died unnoticed), and when all are taken, the
-streams that stand still make room. No stream is ended while nobody needs its place.
+streams that stand still make room, and then whoever has the most of them gives one to a node that
+has at least two fewer: a few that move just enough can't hold all places. No stream is ended while
+nobody needs its place; one that is goes on later from where it was.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from types import TracebackType
 from typing import Any, Final
@@ -105,6 +108,8 @@ class StreamTable:
             if len(self._open) >= self._total:
                 oldest_move = self.now() - self._stall_seconds
                 self._end([stream for stream in self._open if stream.moved < oldest_move])
+            if len(self._open) >= self._total:
+                self._end(self._surplus(self._count(node_id)))
             if len(self._open) >= self._total or self._count(node_id) >= self._per_node:
                 raise UnavailableError(
                     "The coordinator has as many transfers open as it can serve: "
@@ -137,6 +142,21 @@ class StreamTable:
             if stream in self._open:
                 self._open.remove(stream)
                 self._changed.notify_all()
+
+    def by_node(self) -> Counter[str]:
+        """How many streams each node has open now."""
+        with self._changed:
+            return Counter(stream.node_id for stream in self._open)
+
+    def _surplus(self, held: int) -> list[Stream]:
+        """The stream that has been still for longest, of the node with the most; none if that node
+        would then have fewer than the newcomer, who holds ``held``."""
+        counts = Counter(stream.node_id for stream in self._open)
+        most = max(counts.values(), default=0)
+        if most < held + 2:
+            return []
+        crowd = [stream for stream in self._open if counts[stream.node_id] == most]
+        return [min(crowd, key=lambda stream: stream.moved)]
 
     def _count(self, node_id: str) -> int:
         return sum(stream.node_id == node_id for stream in self._open)

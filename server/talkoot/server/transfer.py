@@ -11,6 +11,7 @@ import logging
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
@@ -83,6 +84,8 @@ QUOTAS: Final[Mapping[str, tuple[float, float]]] = {
 }
 """How often one node may call: so many at once, then so many a second. A proof takes the
 coordinator seconds to check, so it is the rarest. Fetch and Push have their streams."""
+ASK_AGAIN_SECONDS: Final = 30.0
+"""An upload whose lease was closed is for nothing: so often it is asked whether it was."""
 WATCH_SECONDS: Final = 0.5
 """How often open calls are held against the list of the banned."""
 
@@ -111,6 +114,9 @@ FIRST_WORD_SECONDS: Final = 60.0
 a peer which opens calls and says nothing would hold them all."""
 MAX_SILENT_PER_NODE: Final = 8
 """Calls of one node that may wait for their request at once."""
+SILENT_SHARE: Final = 8
+"""One of so many worker threads may wait for requests, half of those that transfers leave: or
+sixteen calls of two nodes could hold them all."""
 
 
 class Backend(Protocol):
@@ -270,8 +276,12 @@ class TransferServicer(WireServicer):
                 stream.claim(claim.digest)
                 incoming = self._backend.incoming_root()
                 trim_parts(incoming, node_id, MAX_PARTS_PER_NODE - 1, spare=claim.digest)
+                asked = time.monotonic()
                 with Ingest(incoming, node_id, claim.digest, claim.size) as ingest:
                     for chunk in chain([first], read_ahead(request_iterator)):
+                        if time.monotonic() - asked > ASK_AGAIN_SECONDS:
+                            asked = time.monotonic()
+                            self._insist_wanted(node_id, claim)
                         data = chunk.data  # each look at it is a copy
                         _check_chunk(chunk, data, claim)
                         ingest.append(chunk.offset, data)
@@ -287,8 +297,15 @@ class TransferServicer(WireServicer):
         """True if it is here already; otherwise the backend must want it."""
         if self._backend.has_pushed(node_id, claim.lease_id, claim.digest):
             return True
-        _insist(self._backend.may_push(node_id, claim.lease_id, claim.digest, claim.size))
+        self._insist_wanted(node_id, claim)
         return False
+
+    def _insist_wanted(self, node_id: str, claim: _Claim) -> None:
+        _insist(self._backend.may_push(node_id, claim.lease_id, claim.digest, claim.size))
+
+    def open_transfers(self) -> Counter[str]:
+        """How many transfers each node has open now."""
+        return self._streams.by_node()
 
     # Messages ----------------------------------------------------------------------
 
@@ -422,6 +439,10 @@ class TransferServer:
         if guard is not None:
             guard.start()
 
+    def open_transfers(self) -> Counter[str]:
+        """How many transfers each node has open now."""
+        return self._servicer.open_transfers()
+
     def stop(self, grace_seconds: float | None) -> threading.Event:
         """Take no new calls, and end those that are open after the grace."""
         self._stop.set()
@@ -449,6 +470,7 @@ def serve(
     reload: Callable[[], TlsFiles | None] | None = None,
     max_connections: int = 8192,
     max_connections_per_address: int | None = None,
+    stall_seconds: float = STALL_SECONDS,
 ) -> TransferServer:
     """Start serving on ``address`` (``host:port``); stop it with ``.stop(grace_seconds)``.
 
@@ -460,14 +482,22 @@ def serve(
         reload: asked at every handshake for other TLS files; None means the same as before.
         max_connections: of everybody together.
         max_connections_per_address: of one address (IPv6: of one /64); None for no cap.
+        stall_seconds: a transfer that moved next to nothing for so long loses its place to who
+            needs it.
 
     Raises:
         StateError: the address is in use, or key and certificate are unusable.
     """
     spare = max(1, max_workers // 4)
-    servicer = TransferServicer(backend, max_streams=max(1, max_workers - spare))
+    servicer = TransferServicer(
+        backend, max_streams=max(1, max_workers - spare), stall_seconds=stall_seconds
+    )
+    per_node = min(MAX_SILENT_PER_NODE, spare)
     silent = SilentCalls(
-        first_word_seconds, min(MAX_SILENT_PER_NODE, max(1, max_workers // 4)), time.monotonic
+        first_word_seconds,
+        per_node,
+        time.monotonic,
+        total=max(per_node, max_workers // SILENT_SHARE),
     )
     server = grpc.server(
         futures.ThreadPoolExecutor(max_workers, thread_name_prefix="transfer"),

@@ -197,7 +197,8 @@ def attacks(
     """
     import torch
 
-    from talkoot.sims.attacks.suite import FULL, QUICK, plot, run_suite, table
+    from talkoot.sims.attacks.figures import plot, table
+    from talkoot.sims.attacks.suite import FULL, QUICK, run_suite
 
     torch.set_num_threads(1)
     out = out.absolute()

@@ -39,7 +39,7 @@ from talkoot.server.gateway_server import GatewayServer, GatewaySettings
 from talkoot.server.ledger.schema import ContributionRecord, Node, NodeState
 from talkoot.server.registry import Registry
 from talkoot.server.setup import init, issue_server_certificate, with_free_ports
-from talkoot.server.transfer import TransferServer, serve
+from talkoot.server.transfer import STALL_SECONDS, TransferServer, serve
 
 if TYPE_CHECKING:
     pass
@@ -142,6 +142,10 @@ class InProcessCoordinator:
         state: made by ``init``; it is copied, so that many can stand on one.
         root: where the copy goes.
         desk: what stands behind the data plane; a subclass of :class:`Desk` injects faults.
+
+    Attributes:
+        stall_seconds: of the data plane (``transfer.serve``); changed before :meth:`start`.
+        data_plane: while it serves.
     """
 
     def __init__(
@@ -162,7 +166,8 @@ class InProcessCoordinator:
         self.conductor = Conductor(
             self.coordinator, self.registry, MemoryControl(self.register), sleep=lambda _: None
         )
-        self._server: TransferServer | None = None
+        self.stall_seconds = STALL_SECONDS
+        self.data_plane: TransferServer | None = None
         self._gateway: GatewayServer | None = None
 
     def start(self) -> None:
@@ -181,20 +186,21 @@ class InProcessCoordinator:
             ),
         )
         self._gateway.start()
-        self._server = serve(
+        self.data_plane = serve(
             self.desk,
             f"127.0.0.1:{network.transfer_port}",
             key.read_bytes(),
             certificate.read_bytes(),
             self.coordinator.ca_pem,
             max_workers=8,
+            stall_seconds=self.stall_seconds,
         )
 
     def stop(self) -> None:
         """Hang up on everybody."""
-        if self._server is not None:
-            self._server.stop(0).wait()
-            self._server = None
+        if self.data_plane is not None:
+            self.data_plane.stop(0).wait()
+            self.data_plane = None
         if self._gateway is not None:
             self._gateway.stop()
             self._gateway = None

@@ -35,6 +35,7 @@ from talkoot.protocol.messages import (
     ArtifactRef,
     Contribution,
     RoundTask,
+    Signed,
     Verdict,
     canonical_bytes,
 )
@@ -290,15 +291,21 @@ class Stage:
             loss=loss,
             training_seconds=lease.tokens / (SPEED * hand.actor.speed),
         )
-        refused = self.site.desk.may_push(hand.node_id, lease.lease_id, digest, size)
+        signed = hand.key.sign("Contribution", canonical_bytes(claim))
+        return self._send(hand, task, path, claim.payload, signed)
+
+    def _send(
+        self, hand: Hand, task: RoundTask, path: Path, ref: ArtifactRef, signed: Signed
+    ) -> Verdict:
+        """Hand a payload and its claim to the desk, as the transfer service does."""
+        desk, lease_id = self.site.desk, task.lease.lease_id
+        refused = desk.may_push(hand.node_id, lease_id, ref.digest, ref.size_bytes)
         if not refused.accepted:
             return refused
         upload = self.coordinator.state.incoming / f"stage-{hand.node_id}"
         shutil.copyfile(path, upload)
-        self.site.desk.pushed(hand.node_id, lease.lease_id, digest, upload)
-        return self.site.desk.submit(
-            hand.node_id, hand.key.sign("Contribution", canonical_bytes(claim))
-        )
+        desk.pushed(hand.node_id, lease_id, ref.digest, upload)
+        return desk.submit(hand.node_id, signed)
 
     def _settle(self, hand: Hand) -> None:
         lease = hand.trainer.state()["lease"]
