@@ -246,6 +246,8 @@ def test_under_a_cap_that_the_kernel_enforces_a_node_falls_in_a_lease_delivers_a
             app, ["nodes", "show", node, "--state", str(tmp_path / "operator")]
         )
         assert f"recipe {worker.recipe}, after memory ran out" in done.output
+        assert shown["capability"]["device"] == "cpu"
+        assert f"machine cpu {shown['capability']['device_name'][:20]}" in done.output
 
 
 def test_a_cap_given_to_the_trainer_holds_from_the_start(tmp_path: Path) -> None:

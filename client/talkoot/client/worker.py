@@ -711,6 +711,8 @@ class Worker:
                 started_unix=self._started_unix,
                 recipe=self.recipe,
                 falls=self.falls,
+                link_down=self.counters.link_down,
+                link_up=self.counters.link_up,
             )
         )
         self.membership.hears()

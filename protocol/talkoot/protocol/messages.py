@@ -489,6 +489,10 @@ class NodeReport(Message):
     """How it holds its replica."""
     falls: Count = 0
     """How often memory ran out and a smaller recipe took over."""
+    link_down: Seconds | None = None
+    """Bytes a second from the coordinator, of the last transfer that was worth timing."""
+    link_up: Seconds | None = None
+    """The same to the coordinator."""
 
 
 class NodeReportReply(Message):

@@ -1,4 +1,4 @@
-"""How a node holds its replica, by what it said and by what it proved: for ``nodes show``."""
+"""A node's machine, line and recipe, by what it said and what it proved: for ``nodes show``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ SHOWN = 10
 
 
 def memory_of(coordinator: Coordinator, node_id: str) -> dict[str, Any]:
-    """``recipe`` and ``falls`` of the newest report, and ``proofs``, newest first."""
+    """``recipe``, ``falls``, ``link_down`` and ``link_up`` of the newest report, ``proofs``, newest
+    first, and the ``capability`` that the newest was made with."""
     with coordinator.ledger.read() as session:
         state = session.get(NodeState, node_id)
         records = session.scalars(
@@ -24,16 +25,23 @@ def memory_of(coordinator: Coordinator, node_id: str) -> dict[str, Any]:
             .limit(SHOWN)
         ).all()
         said = NodeReport.model_validate_json(state.report) if state is not None else None
+        proofs = [(record, _claim(record)) for record in records]
         return {
             "recipe": said.recipe if said is not None else None,
             "falls": said.falls if said is not None else 0,
-            "proofs": [_proof(record) for record in records],
+            "link_down": said.link_down if said is not None else None,
+            "link_up": said.link_up if said is not None else None,
+            "capability": proofs[0][1].capability.model_dump(mode="json") if proofs else None,
+            "proofs": [_shown(record, proof) for record, proof in proofs],
         }
 
 
-def _proof(record: ProofRecord) -> dict[str, Any]:
+def _claim(record: ProofRecord) -> Proof:
     signed = parse(Signed, record.signed.encode("ascii"))
-    proof = parse(Proof, signed.body.encode("ascii"))
+    return parse(Proof, signed.body.encode("ascii"))
+
+
+def _shown(record: ProofRecord, proof: Proof) -> dict[str, Any]:
     return {
         "unix": record.unix,
         "recipe": proof.recipe,

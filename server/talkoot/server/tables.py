@@ -101,6 +101,24 @@ def print_nodes(nodes: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def _machine(has: dict[str, Any]) -> str:
+    """What a node said that it has, when it proved itself last; a stranger chose the names."""
+    free, total = format_size(has["device_free_bytes"]), format_size(has["device_total_bytes"])
+    parts = [f"{has['device']} {has['device_name']}: {free} free of {total}"]
+    if has["device"] != "cpu":
+        host = format_size(has["host_free_bytes"]), format_size(has["host_total_bytes"])
+        parts.append("host {} free of {}".format(*host))
+    parts.append(f"{has['cpu_count']} CPUs, {format_size(has['disk_free_bytes'])} of disk")
+    details = (
+        ("compute capability", has["compute_capability"]),
+        ("driver", has["driver"]),
+        ("torch", has["torch_version"]),
+        ("talkoot", has["talkoot_version"]),
+    )
+    parts += [f"{what} {value}" for what, value in details if value]
+    return escape(printable("machine " + ", ".join(parts)))
+
+
 def print_record(document: dict[str, Any]) -> None:
     """A node's standing, then what it is made of, newest first."""
     console = Console()
@@ -112,6 +130,12 @@ def print_record(document: dict[str, Any]) -> None:
         f"suspicion {document['suspicion']:.1f} of {document['quarantine_at']:.0f}, "
         f"{document['counted']} contributions counted in this standing"
     )
+    if document["capability"] is not None:
+        console.print(_machine(document["capability"]), highlight=False)
+    rates = (("down", document["link_down"]), ("up", document["link_up"]))
+    told = [f"{format_size(int(rate))}/s {way}" for way, rate in rates if rate is not None]
+    if told:
+        console.print(f"line {', '.join(told)}, as it says", highlight=False)
     if document["recipe"] is not None:
         fell = f", after memory ran out {document['falls']} times" if document["falls"] else ""
         console.print(f"recipe {escape(printable(document['recipe']))}{fell}")
