@@ -1,18 +1,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from talkoot.client.caps import Caps
-from talkoot.client.hardware import (
-    cgroup_limit,
-    device_users_in_child,
-    measure_in_child,
-    users_by_nvml,
-)
+from talkoot.client.hardware import cgroup_limit, measure_in_child
+from talkoot.client.neighbours import device_users_in_child, holders, host_users, users_by_nvml
 from talkoot.protocol.errors import CapacityError
 
 CAP = 2 * 2**30
@@ -89,11 +88,50 @@ def test_who_else_uses_a_device_is_told_once_and_most_first() -> None:
     other = os.getppid()
     driver = driver_that_sees(other)
     users = users_by_nvml(driver, "GPU-1")
-    assert [(user["pid"], user["bytes"]) for user in users] == [(other, 2**30), (2**22 + 1, None)]
-    assert users[0]["name"]
-    assert users[1]["name"] == "unknown"
+    assert [(user.pid, user.bytes) for user in users] == [(other, 2**30), (2**22 + 1, None)]
+    assert users[0].name
+    assert users[1].name == "unknown"
     assert driver.calls == ["init", "GPU-1", "shutdown"]
 
 
 def test_without_nvml_nothing_is_said_of_who_uses_the_device() -> None:
     assert device_users_in_child("cpu") == []
+
+
+def test_a_program_that_holds_host_memory_is_told_by_its_name() -> None:
+    hold = (
+        "import os, sys\n"
+        "if os.fork(): os._exit(0)\n"  # what this node started would not be somebody else's
+        "held = b'x' * (300 * 2**20)\n"
+        "print(os.getpid(), flush=True)\n"
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as gone:
+        assert gone.stdout is not None
+        name = psutil.Process(int(gone.stdout.readline())).name()
+        assert gone.wait(30) == 0
+        held = {user.name: user.bytes or 0 for user in host_users()}
+        assert gone.stdin is not None
+        gone.stdin.close()
+    assert held[name] >= 300 * 2**20
+
+
+def test_what_this_node_started_is_not_somebody_else() -> None:
+    hold = "held = b'x' * (300 * 2**20); print(flush=True); input()"
+    before = {user.name: user.bytes or 0 for user in host_users()}
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        name = psutil.Process(child.pid).name()
+        after = {user.name: user.bytes or 0 for user in host_users()}
+        child.kill()
+    assert after.get(name, 0) < before.get(name, 0) + 300 * 2**20
+
+
+def test_without_an_accelerator_host_memory_is_the_devices() -> None:
+    found = holders("cpu")
+    assert found.device == found.host

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from talkoot.protocol.memory import MemoryPlan
 from talkoot.protocol.messages import Capability, Proof
+from talkoot.protocol.planner.choose import Holder, Holders, hold, ways_to_fit
 from talkoot.server.admission import AdmissionPolicy, judge_capability, judge_proof
 from talkoot.server.measured import kind_of, ratios
 
@@ -109,6 +110,25 @@ def test_a_refused_volunteer_sees_all_recipes_and_the_three_cheapest_ways_to_fit
     head, *rows = sentence.splitlines()[1:]
     assert head.split() == ["recipe", "device", "host", "disk", "lacks"]
     assert [row.split()[0] for row in rows] == ["amp-adamw", "bf16-adamw", needs[1].recipe]
+
+
+def test_programs_to_close_are_named_where_a_few_hold_enough() -> None:
+    has = capability(free=5 * GIB, total=24 * GIB)
+    fits = hold([plan("bf16-backward-adafactor", 6)], has, margin=1.0)
+    lacks = fits[0].lacks_device
+    assert lacks > GIB
+    firefox, game = Holder("firefox", 1, GIB), Holder("game", 2, 2 * GIB)
+    untold = Holder("x", 3, None)
+    sizes = {
+        (): "close programs: ",
+        (untold,): "close programs: ",
+        (firefox, untold): "close programs: ",
+        (game, firefox): "close game: ",
+        (untold, firefox, game): "close firefox and game: ",
+    }
+    for held, said in sizes.items():
+        (way,) = ways_to_fit(fits, has, Holders(device=held))
+        assert way.startswith(said), held
 
 
 def test_what_others_of_its_kind_measured_corrects_what_is_predicted() -> None:

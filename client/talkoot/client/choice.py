@@ -19,7 +19,15 @@ from talkoot.client.caps import Caps
 from talkoot.protocol.errors import CapacityError
 from talkoot.protocol.memory import MemoryPlan, format_size
 from talkoot.protocol.messages import Capability
-from talkoot.protocol.planner.choose import Fit, fastest, hold, refusal, table
+from talkoot.protocol.planner.choose import (
+    NOBODY,
+    Fit,
+    Holders,
+    fastest,
+    hold,
+    refusal,
+    table,
+)
 from talkoot.protocol.recipes import Recipe, get
 
 MARGIN: Final = 1.05
@@ -72,7 +80,13 @@ def held_against(
 
 
 def choose(
-    fits: Sequence[Fit], has: Capability, on: str, *, pinned: str | None, kept: str | None
+    fits: Sequence[Fit],
+    has: Capability,
+    on: str,
+    *,
+    pinned: str | None,
+    kept: str | None,
+    others: Callable[[str], Holders] | None = None,
 ) -> Choice:
     """The fastest recipe that fits, then the others that do.
 
@@ -82,6 +96,7 @@ def choose(
         on: the basis of this choice.
         pinned: the recipe that the volunteer wants to begin with, if any.
         kept: what was chosen, and proved, on the same basis before: it stays.
+        others: says who else holds the memory of a kind of device, if the volunteer may be told.
 
     Raises:
         CapacityError: nothing fits, or not the one that is wanted; the sentence has the table.
@@ -94,11 +109,12 @@ def choose(
             raise _not_the_wanted(pinned, first, fits, has)
     first = first or fastest(fits)
     if first is None:
-        code, sentence = refusal(fits, has, MARGIN)
+        held = NOBODY if others is None else others(has.device)
+        code, sentence = refusal(fits, has, MARGIN, held)
         raise CapacityError(sentence, code=code)
-    others = [name for name in fitting if name != first.recipe]
+    rest = [name for name in fitting if name != first.recipe]
     return Choice(
-        (first.recipe, *others),
+        (first.recipe, *rest),
         on,
         f"Holding the replica by {first.recipe}: {format_size(first.need.device)} of "
         f"{format_size(has.device_total_bytes)}.",

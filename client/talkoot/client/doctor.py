@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from talkoot.client.choice import MARGIN, held_against
 from talkoot.client.enrol import Enrolment
-from talkoot.client.hardware import device_users_in_child, measure_in_child
+from talkoot.client.hardware import measure_in_child
 from talkoot.client.home import Home, Settings
+from talkoot.client.neighbours import holders
 from talkoot.protocol.memory import format_size
 from talkoot.protocol.model import named_config
 from talkoot.protocol.planner import plans
@@ -27,9 +29,11 @@ def examine(
     ``settings`` are those of the node that lives in ``home``, or would.
     """
     capability = measure_in_child(settings.device, settings.caps, home.root)
+    others = holders(capability.device)
     findings: dict[str, Any] = {
         "capability": capability.model_dump(mode="json"),
-        "device_users": device_users_in_child(settings.device),
+        "device_users": [asdict(other) for other in others.device],
+        "host_users": [asdict(other) for other in others.host],
         "model": model,
         "recipe": None,
         "recipes": None,
@@ -47,7 +51,7 @@ def examine(
     best = fastest(fits)
     findings["recipes"] = [_row(fit) for fit in fits]
     findings["recipe"] = None if best is None else best.recipe
-    findings["ways_to_fit"] = [] if best is not None else ways_to_fit(fits, capability)
+    findings["ways_to_fit"] = [] if best is not None else ways_to_fit(fits, capability, others)
     findings["table"] = table(fits, capability.device)
     findings["fits"] = best is not None
     return findings

@@ -15,17 +15,15 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from talkoot.client.caps import Caps, add_arguments, told
+from talkoot.client.neighbours import device_users
 from talkoot.protocol.errors import CapacityError, TalkootError
 from talkoot.protocol.files import bytes_below
 from talkoot.protocol.messages import Capability, canonical_bytes, parse
-from talkoot.protocol.refusals import printable
 
 CHILD_SECONDS = 120.0
 """A cold import of torch from a slow disk takes most of a minute."""
-MAX_USERS = 16
 _UNLIMITED = 2**60
 """cgroup v1 writes "no limit" as a number just below 2**63."""
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -232,72 +230,6 @@ def _driver(module: object) -> str:
         return ""
 
 
-def device_users(device: str | None) -> list[dict[str, Any]]:
-    """Who else has memory of a CUDA device, by NVML, most first: ``{"name", "pid", "bytes"}``.
-
-    Empty where there is no NVML. For the machine's owner only: it is sent to nobody. Imports torch.
-    """
-    import torch
-
-    try:
-        chosen = torch.device(device or "cuda")
-        if chosen.type != "cuda" or not torch.cuda.is_available():
-            return []
-        import pynvml
-
-        uuid = str(torch.cuda.get_device_properties(chosen).uuid).removeprefix("GPU-")
-        return users_by_nvml(pynvml, f"GPU-{uuid}")
-    except Exception:  # noqa: BLE001 - not installed, or a driver that is broken in its own way
-        return []
-
-
-def users_by_nvml(nvml: Any, uuid: str) -> list[dict[str, Any]]:
-    """The processes on the device with a UUID, this one left out.
-
-    ``nvml``: the module ``pynvml``. A size is None where the driver does not tell (WDDM, MIG).
-    """
-    nvml.nvmlInit()
-    try:
-        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-        running = [
-            *nvml.nvmlDeviceGetComputeRunningProcesses(handle),
-            *nvml.nvmlDeviceGetGraphicsRunningProcesses(handle),
-        ]
-    finally:
-        nvml.nvmlShutdown()
-    users = {}
-    for process in running:  # one that computes and draws is in both lists
-        if process.pid != os.getpid():
-            size = process.usedGpuMemory
-            users[process.pid] = {
-                "name": _process_name(process.pid),
-                "pid": process.pid,
-                "bytes": None if size is None else int(size),
-            }
-    return sorted(users.values(), key=lambda user: -(user["bytes"] or 0))[:MAX_USERS]
-
-
-def _process_name(pid: int) -> str:
-    import psutil
-
-    try:
-        return printable(psutil.Process(pid).name())[:64] or "unknown"
-    except psutil.Error:
-        return "unknown"  # another user's, or gone
-
-
-def device_users_in_child(device: str | None) -> list[dict[str, Any]]:
-    """:func:`device_users` in a child process; empty where nothing can be said."""
-    command = [sys.executable, "-m", "talkoot.client.hardware", "--users"]
-    command += [] if device is None else ["--device", device]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=CHILD_SECONDS, check=False)
-        users: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
-        return []
-    return users
-
-
 def _accelerator_name(module: object, device: object) -> str:
     get_name = getattr(module, "get_device_name", None)
     return str(get_name(device)) if callable(get_name) else str(device)
@@ -365,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.users:
-        print(json.dumps(device_users(options.device)))
+        print(json.dumps([vars(user) for user in device_users(options.device)]))
         return 0
     try:
         capability = measure(options.device, told(options), options.home)

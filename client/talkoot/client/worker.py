@@ -24,6 +24,7 @@ from talkoot.client.enrol import Enrolment
 from talkoot.client.fresh import Seen, see_head, see_task, see_version
 from talkoot.client.home import Counters, Home
 from talkoot.client.membership import Membership
+from talkoot.client.neighbours import holders
 from talkoot.client.pace import Meter, TransferOptions
 from talkoot.client.plane import DataPlane, Trains
 from talkoot.client.transfer import FETCH_OWNER, TransferClient
@@ -90,7 +91,7 @@ class Worker:
     Args:
         home: its directory.
         trainer: the child that owns the device; the caller closes it.
-        say: tells the volunteer one line.
+        say: tells the volunteer one line; without it nobody is there to read one.
         plane: makes the way to the coordinator, over gRPC if not given.
         clock: Unix seconds.
     """
@@ -99,15 +100,16 @@ class Worker:
         self,
         home: Home,
         trainer: Trains,
-        say: Callable[[str], None] = log.info,
+        say: Callable[[str], None] | None = None,
         *,
         plane: Callable[[Enrolment, NodeKey, Meter], DataPlane] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         def tell(sentence: str) -> None:
-            say(printable(sentence))  # it may be the coordinator's
+            (say or log.info)(printable(sentence))  # it may be the coordinator's
 
         self._say = tell
+        self._has_reader = say is not None
         self.home = home
         self.trainer = trainer
         enrolment = Enrolment.load(home.enrolment)
@@ -285,7 +287,10 @@ class Worker:
         on = basis(has, self._settings.caps, digest, wanted)
         fits = held_against(plans.all_of_run(spec, parse_config(model_config.read_bytes())), has)
         kept = self.counters.chosen_recipe if self.counters.proved_basis == on else None
-        return choose(fits, has, on, pinned=wanted, kept=kept)
+        # The names of the volunteer's programs are for the volunteer: under a stock SuperNode the
+        # sentence goes to the coordinator.
+        others = holders if self._has_reader else None
+        return choose(fits, has, on, pinned=wanted, kept=kept, others=others)
 
     def _open(self, choice: Choice) -> None:
         opened = self.trainer.call("open", **self._run_paths, recipes=list(choice.recipes))

@@ -47,6 +47,29 @@ class Fit:
         )
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Another program that holds memory."""
+
+    name: str
+    pid: int
+    """One of its processes."""
+    bytes: int | None
+    """None where the driver does not tell."""
+
+
+@dataclass(frozen=True)
+class Holders:
+    """Who else holds a machine's memory, by tier, most first; empty where nobody can say."""
+
+    device: Sequence[Holder] = ()
+    host: Sequence[Holder] = ()
+
+
+NOBODY: Final = Holders()
+MOST_CLOSED: Final = 3
+"""Programs that a person is asked to close by name."""
+
 Ratio = Callable[[str], float]
 """Measured over predicted memory of a recipe, on machines of the kind in question."""
 
@@ -99,7 +122,9 @@ def fastest(fits: Sequence[Fit]) -> Fit | None:
     return next((fit for fit in fits if fit.fits), None)
 
 
-def refusal(fits: Sequence[Fit], has: Capability, margin: float) -> tuple[str, str]:
+def refusal(
+    fits: Sequence[Fit], has: Capability, margin: float, holders: Holders = NOBODY
+) -> tuple[str, str]:
     """Code and sentence for a machine that no recipe fits: three ways, then all as a table."""
     least = min(fits, key=lambda fit: fit.lacks_device + fit.lacks_host + fit.lacks_disk)
     if least.lacks_device:
@@ -108,7 +133,8 @@ def refusal(fits: Sequence[Fit], has: Capability, margin: float) -> tuple[str, s
         code = "too-little-host-memory"
     else:
         code = "too-little-disk"
-    ways = "; ".join(f"({number}) {way}" for number, way in enumerate(ways_to_fit(fits, has), 1))
+    found = ways_to_fit(fits, has, holders)
+    ways = "; ".join(f"({number}) {way}" for number, way in enumerate(found, 1))
     host = "" if has.device == "cpu" else f", {format_size(has.host_free_bytes)} of host memory"
     sentence = (
         f"No recipe for a replica of this model fits: {has.device_name} has "
@@ -127,7 +153,7 @@ class _Way:
     sentence: str
 
 
-def ways_to_fit(fits: Sequence[Fit], has: Capability) -> list[str]:
+def ways_to_fit(fits: Sequence[Fit], has: Capability, holders: Holders = NOBODY) -> list[str]:
     """The three cheapest ways to make some recipe fit, cheapest first.
 
     Raising a cap costs a flag, closing a program costs its use, freeing disk costs work, another
@@ -137,7 +163,7 @@ def ways_to_fit(fits: Sequence[Fit], has: Capability) -> list[str]:
     for fit in fits:
         if fit.why_not is not None:
             continue
-        way = _way(fit, has)
+        way = _way(fit, has, holders)
         old = ways.get(way.sentence)
         if old is None or way.cost < old.cost:
             ways[way.sentence] = way
@@ -153,7 +179,7 @@ def ways_to_fit(fits: Sequence[Fit], has: Capability) -> list[str]:
     return [way.sentence for way in chosen[:3]]
 
 
-def _way(fit: Fit, has: Capability) -> _Way:
+def _way(fit: Fit, has: Capability, holders: Holders) -> _Way:
     """What one recipe lacks, as one sentence part."""
     parts: list[str] = []
     effort, missing = 0, fit.lacks_device + fit.lacks_host + fit.lacks_disk
@@ -167,6 +193,7 @@ def _way(fit: Fit, has: Capability) -> _Way:
             option="--max-ram" if cpu else "--max-vram",
             what="a machine with {} of memory" if cpu else "a device with {}",
             card=not cpu,
+            holders=holders.device,
         )
         effort, parts = max(effort, kind), [*parts, text]
     if fit.lacks_host:
@@ -178,6 +205,7 @@ def _way(fit: Fit, has: Capability) -> _Way:
             option="--max-ram",
             what="{} of host memory",
             card=False,
+            holders=holders.host,
         )
         effort, parts = max(effort, kind), [*parts, text]
     if fit.lacks_disk and fit.need.disk <= (has.disk_physical_bytes or 0):
@@ -197,13 +225,25 @@ def _more_memory(
     option: str,
     what: str,
     card: bool,
+    holders: Sequence[Holder],
 ) -> tuple[int, str]:
     if wanted <= capped:
-        return 1, f"close programs: {format_size(wanted - free)}"
+        return 1, f"close {_programs(wanted - free, holders)}: {format_size(wanted - free)}"
     if wanted <= physical:
         return 0, f"raise {option} to {_up(wanted)}"
     sizes = [size for size in CARDS if size - CARD_RESERVE >= wanted] if card else []
     return 3, what.format(format_size(sizes[0] if sizes else wanted))
+
+
+def _programs(size: int, holders: Sequence[Holder]) -> str:
+    """The few largest programs that hold so much together; unnamed where no few do."""
+    held, names = 0, list[str]()
+    for holder in [one for one in holders if one.bytes][:MOST_CLOSED]:
+        held += holder.bytes or 0
+        names.append(holder.name)
+        if held >= size:
+            return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return "programs"
 
 
 def _up(size: int) -> str:
