@@ -45,7 +45,7 @@ def test_a_killed_trainer_and_then_a_killed_volunteer_go_on_in_the_middle_of_the
     daemon = network.nodes["ada"].process
     trainer = probe.trainer_process(network, "ada")
     trainer.kill()
-    trainer.wait(10)
+    trainer.wait(30)
     held = _checkpoint(network)
     done = probe.finished_lease(network, "ada", held)
     assert (done["state"], done["attempt"]) == ("committed", 0)

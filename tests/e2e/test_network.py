@@ -208,7 +208,7 @@ def test_a_banned_node_is_shut_out_of_both_planes_until_it_is_approved_again(
     assert refused.value.code == "banned"
 
     banned = network.wait_for(
-        "the ban on the status page", lambda s: probe.node_of(s, "ben")["status"] == "banned", 10
+        "the ban on the status page", lambda s: probe.node_of(s, "ben")["status"] == "banned", 60
     )
     network.wait_for("rounds without ben", lambda s: s["version"] >= banned["version"] + 2, 60)
 

@@ -107,7 +107,7 @@ def test_a_stock_supernode_contributes_round_after_round_beside_a_daemon(tmp_pat
         command = said[said.index("flower-supernode --superlink") :].strip()
 
         # It proved itself, so that the SuperNode need not; nothing secret is open to others.
-        status = network.wait_for("admission", lambda status: bool(status["nodes"]), 10)
+        status = network.wait_for("admission", lambda status: bool(status["nodes"]), 60)
         assert _node(status, "stock")["status"] == "admitted"
         assert (home / "supernode.key").stat().st_mode & 0o777 == 0o600
 
