@@ -10,7 +10,7 @@ export FLWR_TELEMETRY_ENABLED   ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench bench-7b bench-control fuzz demo chaos test lint format types contracts check proto clean
+.PHONY: help setup bench bench-7b bench-control fuzz demo chaos attacks test lint format types contracts check proto clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -39,6 +39,9 @@ fuzz: $(STAMP) ## hostile bytes into every parser (ARGS=--quick: a minute)
 
 chaos: $(STAMP) ## kill every process of a real network, again and again (ARGS="--quick")
 	@$(BIN)/talkoot-sim chaos $(ARGS)
+
+attacks: $(STAMP) ## set liars of twelve kinds on the real coordinator (ARGS="--quick")
+	@$(BIN)/talkoot-sim attacks $(ARGS)
 
 test: $(STAMP) ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)

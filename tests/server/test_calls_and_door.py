@@ -25,13 +25,17 @@ class Clock:
 
 def test_a_node_has_its_own_rate_and_its_own_share_of_open_calls() -> None:
     clock = Clock()
-    calls = Calls({"Report": (3, 1.0)}, per_node=2, now=clock)
+    quotas = {"Report": (3, 1.0), "Fetch": (2, 1.0)}
+    calls = Calls(quotas, per_node=2, now=clock, streams=("Fetch",))
     first = calls.admit("a", "Report", lambda: None)
     calls.admit("a", "Report", lambda: None)
     with pytest.raises(UnavailableError):
         calls.admit("a", "Report", lambda: None)  # two are open
     calls.admit("b", "Report", lambda: None)
     calls.admit("a", "Fetch", lambda: None)  # has its stream, and no share here
+    calls.admit("a", "Fetch", lambda: None)
+    with pytest.raises(UnavailableError):
+        calls.admit("a", "Fetch", lambda: None)  # three in no time
     with first:
         pass
     calls.admit("a", "Report", lambda: None).__exit__(None, None, None)
@@ -42,7 +46,8 @@ def test_a_node_has_its_own_rate_and_its_own_share_of_open_calls() -> None:
 
 
 def test_the_calls_of_the_banned_are_ended_and_no_others() -> None:
-    calls = Calls({"Report": (9, 1.0)}, per_node=9, now=Clock())
+    quotas = {"Report": (9, 1.0), "Fetch": (9, 1.0)}
+    calls = Calls(quotas, per_node=9, now=Clock(), streams=("Fetch",))
     ended: list[str] = []
     calls.admit("a", "Report", lambda: ended.append("a"))
     calls.admit("b", "Fetch", lambda: ended.append("b"))

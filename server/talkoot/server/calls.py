@@ -46,10 +46,10 @@ class Calls:
     """All open calls of a server. Thread-safe.
 
     Args:
-        quotas: method → (calls at once, then calls a second) for each node; a method that is not
-            named here is a transfer, and has its stream.
-        per_node: calls with a quota that one node may have open at once.
+        quotas: method → (calls at once, then calls a second) for each node.
+        per_node: short calls that one node may have open at once.
         now: a monotonic clock, in seconds.
+        streams: methods that are no short calls: their open ones are counted elsewhere.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class Calls:
         *,
         per_node: int,
         now: Callable[[], float],
+        streams: Collection[str] = (),
     ) -> None:
+        self._streams = streams
         self._rates = {method: RateLimiter(*quota) for method, quota in quotas.items()}
         self._per_node = per_node
         self.now = now
@@ -72,17 +74,17 @@ class Calls:
         Raises:
             UnavailableError: the node calls too often, or has too much open (code ``busy``).
         """
-        rate = self._rates.get(method)
+        short = method not in self._streams
         with self._lock:
-            if rate is not None:
-                crowded = self._short[node_id] >= self._per_node
-                if crowded or not rate.allow(node_id, self.now()):
-                    raise UnavailableError(
-                        f"This node calls {method} more often than it may: try again in a moment.",
-                        code="busy",
-                    )
+            crowded = short and self._short[node_id] >= self._per_node
+            if crowded or not self._rates[method].allow(node_id, self.now()):
+                raise UnavailableError(
+                    f"This node calls {method} more often than it may: try again in a moment.",
+                    code="busy",
+                )
+            if short:
                 self._short[node_id] += 1
-            call = Call(self, node_id, short=rate is not None, cancel=cancel)
+            call = Call(self, node_id, short=short, cancel=cancel)
             self._open.add(call)
             return call
 

@@ -70,7 +70,11 @@ STALL_SECONDS: Final = 120.0
 PATIENCE_SECONDS: Final = 5.0
 CALLS_PER_NODE: Final = 8
 """Calls of one node that are answered at once, transfers not counted."""
+STREAMS: Final = ("Fetch", "Push")
+"""Methods that hold a stream; the others are short calls."""
 QUOTAS: Final[Mapping[str, tuple[float, float]]] = {
+    "Fetch": (1200, 100.0),
+    "Push": (60, 2.0),
     "Pieces": (300, 30.0),
     "PushStatus": (100, 20.0),
     "Submit": (20, 1.0),
@@ -83,7 +87,7 @@ QUOTAS: Final[Mapping[str, tuple[float, float]]] = {
     "Renew": (10, 0.2),
 }
 """How often one node may call: so many at once, then so many a second. A proof takes the
-coordinator seconds to check, so it is the rarest. Fetch and Push have their streams."""
+coordinator seconds to check, so it is the rarest. A lease has up to 512 blocks to fetch."""
 ASK_AGAIN_SECONDS: Final = 30.0
 """An upload whose lease was closed is for nothing: so often it is asked whether it was."""
 WATCH_SECONDS: Final = 0.5
@@ -206,7 +210,7 @@ class TransferServicer(WireServicer):
         self, backend: Backend, *, max_streams: int, stall_seconds: float = STALL_SECONDS
     ) -> None:
         self._backend = backend
-        self._calls = Calls(QUOTAS, per_node=CALLS_PER_NODE, now=time.monotonic)
+        self._calls = Calls(QUOTAS, per_node=CALLS_PER_NODE, now=time.monotonic, streams=STREAMS)
         self._streams = StreamTable(
             total=max_streams,
             per_node=MAX_STREAMS_PER_NODE,
