@@ -48,7 +48,7 @@ SERVER_NAME: Final = "talkoot-coordinator"
 RAW: Final = "/bench.Raw/"
 WAIT_SECONDS: Final = 1800.0
 SMALL: Final = 32 * limits.KIB
-KINDS: Final = ("fetch", "push", "grpc-down", "grpc-up", "tcp-down", "tcp-up")
+KINDS: Final = ("fetch", "fetch-on", "push", "grpc-down", "grpc-up", "tcp-down", "tcp-up")
 
 
 def make_identities(root: Path) -> None:
@@ -206,14 +206,15 @@ def client_of(
 def _move(root: Path, host: str, ports: dict[str, int], what: str, size: int) -> float:
     """Move bytes once; wall seconds, connection included."""
     work: Callable[[], None]
-    if what in {"fetch", "push"}:
+    if what in {"fetch", "fetch-on", "push"}:
         ref, own = _ref(root), root / "client"
-        shutil.rmtree(own, ignore_errors=True)
+        if what != "fetch-on":  # which goes on where the one before it ended
+            shutil.rmtree(own, ignore_errors=True)
         store = ArtifactStore(own)
 
         def work() -> None:
             with client_of(root, f"{host}:{ports['transfer']}", Meter()) as client:
-                if what == "fetch":
+                if what != "push":
                     client.fetch(ref, store)
                 else:
                     client.push(LEASE, ref, root / "artifact")
