@@ -21,8 +21,8 @@ from talkoot.protocol.limits import MIB
 
 KILLS: Final = 20
 RATE: Final = 60e6
-"""Bytes a second of the line. One that is faster than its client fills the kernel's buffers with some
-ten megabytes, which a kill loses: loopback is, a volunteer's line is not."""
+"""Bytes a second of the line. One that is faster than its client, as loopback is, fills the
+kernel's buffers with some ten megabytes, which a kill loses; a volunteer's line does not."""
 READ: Final = 64 * 1024
 LOOK_SECONDS: Final = 0.002
 
