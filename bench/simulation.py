@@ -68,9 +68,12 @@ def measure(model: str, nodes: int, rounds: int, tokens: int, workers: int) -> d
             began = time.monotonic()
             found = run(parse_scenario(text), out=root / "out", work=root / "work", workers=workers)
             wall = time.monotonic() - began
+        engine, others = memory.processor_seconds
         return {
             **figures(found, nodes, workers, root / "work"),
             "wall_seconds": wall,
+            "engine_processor_seconds": engine,
+            "worker_processor_seconds": others,
             "peak_pss_mib": memory.peak / 2**20,
         }
     finally:
@@ -78,10 +81,16 @@ def measure(model: str, nodes: int, rounds: int, tokens: int, workers: int) -> d
 
 
 class Memory:
-    """The most that the processes below this one and of their sessions had, in bytes."""
+    """The most that the processes below this one and of their sessions had, in bytes.
+
+    And the processor seconds that they used, which say more than the clock on a busy machine: of
+    the engine, which is the coordinator's side, and of all others, which are Ray's.
+    """
 
     def __init__(self) -> None:
         self.peak = 0
+        self._used: dict[int, float] = {}
+        self._engines: set[int] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -101,9 +110,19 @@ class Memory:
     def _watch(self) -> None:
         while not self._stop.wait(2.0):
             engines = [child.pid for child in psutil.Process().children()]
-            self.peak = max(
-                self.peak, sum(_pss(pid) for e in engines for pid in session.members(e))
-            )
+            self._engines.update(engines)
+            pids = [pid for engine in engines for pid in session.members(engine)]
+            self.peak = max(self.peak, sum(_pss(pid) for pid in pids))
+            for pid in pids:
+                with suppress(psutil.Error):
+                    times = psutil.Process(pid).cpu_times()
+                    self._used[pid] = times.user + times.system
+
+    @property
+    def processor_seconds(self) -> tuple[float, float]:
+        """Of the engines, and of their other processes."""
+        engine = sum(seconds for pid, seconds in self._used.items() if pid in self._engines)
+        return engine, sum(self._used.values()) - engine
 
 
 def _pss(pid: int) -> int:

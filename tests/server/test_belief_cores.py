@@ -19,7 +19,8 @@ from talkoot.protocol.payload import verify_payload, write_payload
 from talkoot.server import acceptance, agreement, robust, standing
 from talkoot.server.acceptance import Claims, Effort, Finding, Policy, Seen
 from talkoot.server.agreement import Member, judge, weighted_median
-from talkoot.server.sketch import NOISE, SIZE, Examination, Sketcher, examine, pack, unpack
+from talkoot.server.remembered import Alike
+from talkoot.server.sketch import F32, NOISE, SIZE, Examination, Sketcher, examine, pack, unpack
 
 unhurried = settings(deadline=None, max_examples=40)
 
@@ -417,3 +418,20 @@ def test_the_rules_give_the_same_bits_each_time() -> None:
     again = list(parts)
     assert torch.equal(robust.trimmed_mean(64, parts, 0.25), robust.trimmed_mean(64, again, 0.25))
     assert torch.equal(robust.sign_majority(64, parts), robust.sign_majority(64, again))
+
+
+def test_pairs_that_grow_by_a_row_are_those_reckoned_at_once() -> None:
+    rng = np.random.default_rng(4)
+    alike = Alike()
+    sketches: dict[str, F32] = {}
+    for count in range(1, 150):  # more than there is room for at first
+        sketches[f"{rng.integers(2**60):x}"] = direction(rng, COMMON, 0.35)
+        some = sorted(sketches)[:100]  # the others fall out, and may come in again
+        seen = [Seen("n", 7, 0.0, np.zeros(3, np.float32), sketches[lease]) for lease in some]
+        found = alike.pairs(7, some, [sketches[lease] for lease in some])
+        assert len(found) == len(some) * (len(some) - 1) // 2
+        if count % 30 == 0:
+            assert found == pytest.approx(acceptance.cosines_of_newest(seen), abs=1e-5)
+    assert (
+        len(alike.pairs(8, ["x"], [direction(rng, COMMON, 0.35)])) == 0
+    )  # another round begins anew

@@ -141,11 +141,13 @@ def accept(
     claims: Claims,
     seen: Sequence[Seen],
     round_number: int,
+    alike: F32 | None = None,
 ) -> Finding:
     """Whether a well-formed payload may count.
 
     Args:
         seen: accepted contributions of this and the last rounds, of anybody.
+        alike: (pairs,) cosines of each two of the newest round among them; None reckons them.
     """
     if claims.steps != effort.steps:
         return _no(
@@ -161,8 +163,11 @@ def accept(
             f"The contribution moves a weight by {found.largest:.3g}; {effort.steps} steps of this "
             f"run's inner optimizer can't move one by more than {most:.3g}.",
         )
-    for check in (_norm, _profile, _copy):
-        verdict = check(policy, found, effort, seen)
+    for verdict in (
+        _norm(policy, found, effort, seen),
+        _profile(policy, found, seen),
+        _copy(found, seen, alike),
+    ):
         if verdict is not None:
             return verdict
     return Finding(
@@ -198,9 +203,7 @@ def profile_distance(a: F32, b: F32) -> float:
     return 0.5 * float(np.abs(a.astype(np.float64) - b).sum())
 
 
-def _profile(
-    policy: Policy, found: Examination, effort: Effort, seen: Sequence[Seen]
-) -> Finding | None:
+def _profile(policy: Policy, found: Examination, seen: Sequence[Seen]) -> Finding | None:
     if len(seen) < policy.history:
         return None
     shares = np.stack([one.shares for one in seen])  # (contributions, tensors)
@@ -218,29 +221,29 @@ def _profile(
     return None
 
 
-def duplicate_threshold(cosines: Sequence[float]) -> float:
+def duplicate_threshold(cosines: F32 | Sequence[float]) -> float:
     """Half-way between what two nodes' work usually has in common and being the same.
 
     Above :data:`COLD_DUPLICATE` nobody needs to know what is usual.
     """
     if len(cosines) < 3:
         return COLD_DUPLICATE
-    usual = max(0.0, float(np.median(cosines)))
+    usual = max(0.0, float(np.median(np.asarray(cosines, dtype=np.float64))))
     return min(COLD_DUPLICATE, max(0.5, (1 + usual) / 2))
 
 
-def _copy(
-    policy: Policy, found: Examination, effort: Effort, seen: Sequence[Seen]
-) -> Finding | None:
+def cosines_of_newest(seen: Sequence[Seen]) -> F32:
+    """(pairs,) the cosine of each two contributions of the newest round among them."""
+    latest = max(one.round for one in seen)
+    newest = np.stack([one.sketch for one in seen if one.round == latest])  # (n, SIZE)
+    return np.asarray((newest @ newest.T)[np.triu_indices(len(newest), k=1)])
+
+
+def _copy(found: Examination, seen: Sequence[Seen], alike: F32 | None) -> Finding | None:
     if not seen:
         return None
-    sketches = np.stack([one.sketch for one in seen])  # (contributions, SIZE)
-    cosines = sketches @ found.sketch
-    latest = max(one.round for one in seen)
-    newest = [i for i, one in enumerate(seen) if one.round == latest]
-    among = sketches[newest] @ sketches[newest].T
-    usual = among[np.triu_indices(len(newest), k=1)]
-    threshold = duplicate_threshold([float(c) for c in usual])
+    cosines = np.array([one.sketch @ found.sketch for one in seen])
+    threshold = duplicate_threshold(cosines_of_newest(seen) if alike is None else alike)
     nearest = int(np.argmax(cosines))
     if cosines[nearest] >= threshold:
         one = seen[nearest]

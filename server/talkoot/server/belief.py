@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from talkoot.protocol.messages import Contribution, RoundTask
 from talkoot.server import acceptance, standing
-from talkoot.server.acceptance import Claims, Finding, Policy, Seen
+from talkoot.server.acceptance import Claims, Finding, Policy
 from talkoot.server.agreement import Member, judge
 from talkoot.server.coordinator import Coordinator, note
 from talkoot.server.ledger.schema import (
@@ -32,13 +32,10 @@ from talkoot.server.ledger.schema import (
     StandingRecord,
     ValidationRecord,
 )
+from talkoot.server.remembered import REMEMBERED_ROUNDS, Remembered
 from talkoot.server.sketch import Examination, pack, sketch_key, unpack
 from talkoot.server.standing import Standing
 
-REMEMBERED_ROUNDS = 4
-"""Sketches are kept so long: what was sent in this round and the three before it is known again."""
-MAX_SEEN = 512
-"""Contributions that one is compared with, the newest: 512 sketches are 8 MiB."""
 DOUBTS = {
     "claims-too-long": "It claims more training time than passed.",
     "claims-too-fast": "It claims ten times the speed that it has shown.",
@@ -69,6 +66,10 @@ class Belief:
     def key(self) -> bytes:
         """Of this run's sketches: derived from the coordinator's private key."""
         return sketch_key(self._c.key.private_pem(), self._c.run_id)
+
+    @cached_property
+    def _remembered(self) -> Remembered:
+        return Remembered(self._c.run_id)
 
     def chance(self, purpose: str, *about: object) -> float:
         """A number from 0 to 1 that nobody outside can foretell, the same after a crash."""
@@ -105,6 +106,7 @@ class Belief:
         """Judge a contribution by itself and by what was seen; note what speaks against it."""
         node = session.get_one(Node, claim.node_id)
         spec = self._c.spec
+        seen, alike = self._remembered.at(session, claim.round)
         finding = acceptance.accept(
             Policy(largest_ratio=self._c.config.belief.largest_norm_ratio),
             found,
@@ -118,7 +120,8 @@ class Belief:
                 waited_seconds=max(0.0, now - task.issued_unix),
                 known_speed=node.tokens_per_second,
             ),
-            seen=self._seen(session, claim.round),
+            seen=seen,
+            alike=alike,
             round_number=claim.round,
         )
         if not finding.accepted:
@@ -130,30 +133,6 @@ class Belief:
                 session, node, doubt, DOUBTS[doubt], claim.round, claim.lease_id, now=now
             )
         return finding
-
-    def _seen(self, session: Session, number: int) -> list[Seen]:
-        rows = session.scalars(
-            select(JudgementRecord)
-            .where(
-                JudgementRecord.run_id == self._c.run_id,
-                JudgementRecord.round > number - REMEMBERED_ROUNDS,
-                JudgementRecord.sketch.is_not(None),
-                # What was set aside says nothing about what is usual.
-                JudgementRecord.influence.is_(None) | (JudgementRecord.influence > 0),
-            )
-            .order_by(JudgementRecord.round.desc(), JudgementRecord.lease_id)
-            .limit(MAX_SEEN)
-        )
-        return [
-            Seen(
-                node_id=row.node_id,
-                round=row.round,
-                scaled_norm=row.scaled_norm,
-                shares=unpack(row.shares or b""),
-                sketch=unpack(row.sketch or b""),
-            )
-            for row in rows
-        ]
 
     def remember(
         self, session: Session, claim: Contribution, task: RoundTask, found: Examination, now: float

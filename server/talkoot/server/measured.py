@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 
 from talkoot.protocol.messages import Capability, Proof, Signed, parse
@@ -30,6 +31,7 @@ def kind_of(has: Capability) -> Kind:
     return (has.device, has.device_name, has.driver, has.torch_version)
 
 
+@lru_cache(maxsize=2 * MAX_PROOFS_READ)  # each is read again for every node that comes
 def parse_proof(signed: str) -> Proof:
     """The proof in what a node signed, as the ledger keeps it."""
     body = parse(Signed, signed.encode("ascii")).body

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from talkoot.protocol.errors import TalkootError, UnavailableError
+
+LOOK_SECONDS: Final = 0.01
+"""Between two looks for messages that no node has taken yet."""
 
 
 def simulate(
@@ -41,10 +45,12 @@ def simulate(
         TalkootError: what the ServerApp raised.
         UnavailableError: the engine failed.
     """
+    from flwr.server.superlink.fleet.vce import vce_api
     from flwr.simulation import run_simulation
 
     from talkoot.sims.virtual.host import Host
 
+    vce_api.add_messages_to_queue = hand_out
     logging.getLogger("flwr").setLevel(logging.ERROR)  # its function is deprecated for its command
     init: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     if address is None:
@@ -76,3 +82,30 @@ def simulate(
         raise UnavailableError(
             f"Flower's simulation engine failed ({type(told).__name__}: {told}): see engine.log."
         ) from err
+
+
+def hand_out(state: Any, queue: Any, nodes_mapping: Iterable[int], f_stop: threading.Event) -> None:
+    """Put messages into the workers' queue: what Flower's ``add_messages_to_queue`` does.
+
+    Flower asks for each node ten times a second, and looks through all messages each time: with
+    hundreds of nodes that takes a whole core from the workers. Here only those are asked for that a
+    message is for.
+
+    Args:
+        state: Flower's in-memory LinkState.
+        queue: of the workers.
+        nodes_mapping: the engine's nodes.
+        f_stop: set when the engine ends.
+    """
+    known = frozenset(nodes_mapping)
+    while not f_stop.is_set():
+        with state.lock:
+            waiting = {
+                message.metadata.dst_node_id
+                for message in state.message_ins_store.values()
+                if message.metadata.delivered_at == ""
+            }
+        for node_id in sorted(waiting & known):
+            for message in state.get_message_ins(node_id=node_id, limit=1):
+                queue.put(message)
+        f_stop.wait(LOOK_SECONDS)
