@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from talkoot.protocol.errors import ConfigError
@@ -16,7 +19,7 @@ from talkoot.protocol.model import build_model, config_bytes, preset
 from talkoot.sims.cli import app
 from talkoot.sims.parity.command import parity_options
 from talkoot.sims.parity.options import Arm, ParityOptions, base_config, horizons, parse_arm
-from talkoot.sims.parity.report import draw, page, rows
+from talkoot.sims.parity.report import draw, page, print_parity, rows
 from talkoot.sims.parity.result import Curve, Measured, Point, summarise
 from talkoot.sims.parity.run import profiles, run_parity
 from talkoot.sims.report_plot import LIGHT
@@ -80,10 +83,38 @@ def test_parity_json_holds_losses_share_bits_and_seeds_by_arm_and_horizon(tmp_pa
     # At the first horizon nobody differs: the share is not known, and says so.
     assert arm["horizons"][0]["share"]["mean"] is None
     bars = {bar["name"]: bar["holds"] for bar in data["bars"]}
-    assert bars == {"captured-share": False, "bits-up": True, "loss-over-ddp": False}
+    assert bars == {
+        "captured-share": False,
+        "bits-up": True,
+        "inner-steps": True,
+        "loss-over-ddp": False,
+    }
     assert rows(data, every_horizon=False)[0][5] == "0.70 (0.60 … 0.80)"
     assert draw(data, LIGHT).startswith(b"\x89PNG")
     assert "<script" not in page(data, b"", b"")
+
+
+def test_other_arms_are_held_to_the_bar_of_what_they_are(tmp_path: Path) -> None:
+    opts = options(
+        tmp_path,
+        "name=default",
+        "name=[red]odd,nodes.speeds=[1, 8]",
+        "name=ten times,uplink.keep=512",
+        "name=dense,uplink.kind=dense",
+        "name=other,outer.learning_rate=0.9",
+    )
+    bits = (0.14, 0.14, 1.2, 32.0, 0.14)
+    runs = [
+        Measured(m.arm, 0, {**m.curves, "net": replace(m.curves["net"], bits_up=(up, up))})
+        for m, up in zip((measured(arm, 0, 3.0, 2.0, 2.2) for arm in opts.arms), bits, strict=True)
+    ]
+    data = summarise(opts, runs)
+    held = {(b["arm"], b["bar"]): b["holds"] for b in data["bars"] if b["name"] == "captured-share"}
+    # Others than these are only compared: nobody asked a share of a dense network.
+    assert held == {("default", 0.85): False, ("[red]odd", 0.75): True, ("ten times", 0.95): False}
+    shown = io.StringIO()
+    print_parity(data, Console(file=shown, width=140))
+    assert shown.getvalue().count("[red]odd") == 2  # in the table, and at its bar
 
 
 def test_horizons_are_dense_at_first_and_end_with_the_run() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from talkoot.protocol.errors import ConfigError
@@ -169,6 +170,7 @@ def page(data: Mapping[str, Any], light: bytes, dark: bytes) -> str:
     """The whole page."""
     bars = [
         (
+            clean(bar["arm"], cap=60),
             bar["name"],
             "–" if bar["value"] is None else f"{bar['value']:.3f}",
             f"{bar['bar']:.2f}",
@@ -190,7 +192,7 @@ def page(data: Mapping[str, Any], light: bytes, dark: bytes) -> str:
             f'<p class="faint">{escape(words)}</p>',
             picture("Losses and captured share over rounds", light, dark),
             "<h2>At the end</h2>" + table(HEADS, rows(data, every_horizon=False)),
-            "<h2>Bars, first arm</h2>" + table(("bar", "seen", "asked", ""), bars),
+            "<h2>Bars</h2>" + table(("arm", "bar", "seen", "asked", ""), bars),
             "<h2>All horizons</h2>" + table(HEADS, rows(data, every_horizon=True)),
         ),
     )
@@ -202,9 +204,10 @@ def print_parity(data: Mapping[str, Any], console: Console) -> None:
     for i, head in enumerate(HEADS):
         shown.add_column(head, justify="left" if i == 0 else "right")
     for row in rows(data, every_horizon=False):
-        shown.add_row(*row)
+        shown.add_row(*(escape_markup(cell) for cell in row))
     console.print(shown)
     for bar in data["bars"]:
         mark = "[green]holds[/green]" if bar["holds"] else "[red]missed[/red]"
         value = "–" if bar["value"] is None else f"{bar['value']:.3f}"
-        console.print(f"  {bar['name']:<28} {value:>8}  (asked {bar['bar']:g})  {mark}")
+        name = escape_markup(clean(bar["arm"], cap=60))
+        console.print(f"  {bar['name']:<28} {value:>8}  (asked {bar['bar']:g})  {mark}  {name}")

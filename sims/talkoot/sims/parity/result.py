@@ -6,17 +6,22 @@ well have trained alone".
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from talkoot.sims.parity.options import Arm, ParityOptions
+from talkoot.sims.parity.options import Arm, Nodes, ParityOptions
 
 MIN_SHARE = 0.85
 MIN_SHARE_TEN_TIMES = 0.95
+"""Of an arm that may send ten times as much."""
+MIN_SHARE_UNEQUAL = 0.75
+"""Of an arm whose nodes differ, or are not always there."""
 MAX_BITS_UP = 0.15
+MIN_INNER_STEPS = 15
 MAX_LOSS_RATIO = 1.02
 EARLY_ROUND = 5
 """From this round on a network must not be worse than a node alone."""
@@ -123,7 +128,7 @@ def summarise(options: ParityOptions, measured: Sequence[Measured]) -> dict[str,
         "micro_batch": base.model.micro_batch,
         "inner": base.inner.model_dump(mode="json"),
         "arms": arms,
-        "bars": _bars(arms[0]),
+        "bars": _bars(arms),
     }
 
 
@@ -158,20 +163,43 @@ def _overhead(runs: Sequence[Measured]) -> float | None:
     return sum(m.curves["net"].seconds for m in runs) / steps - 1 if steps > 0 else None
 
 
-def _bars(arm: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What issue 7 asks of the first arm, which is the default."""
-    last = arm["horizons"][-1]
+def _bars(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What issue 7 asks: all of it of the first arm, which is the default, and a share of those
+    others whose nodes are unequal or which send more than the default may, up to ten times."""
+    first, *others = arms
+    last = first["horizons"][-1]
     early = [
         h["share"]["low"]
-        for h in arm["horizons"]
+        for h in first["horizons"]
         if h["round"] >= EARLY_ROUND and h["share"]["low"] is not None
     ]
     share, net, ddp = (last[key]["mean"] for key in ("share", "loss_net", "loss_ddp"))
+    up, steps = first["bits_up"], first["inner_steps"]
     rows = [
         ("captured-share", share, MIN_SHARE, share is not None and share >= MIN_SHARE),
-        ("bits-up", arm["bits_up"], MAX_BITS_UP, arm["bits_up"] <= MAX_BITS_UP),
+        ("bits-up", up, MAX_BITS_UP, up <= MAX_BITS_UP),
+        ("inner-steps", steps, MIN_INNER_STEPS, steps >= MIN_INNER_STEPS),
         ("loss-over-ddp", net / ddp, MAX_LOSS_RATIO, net / ddp <= MAX_LOSS_RATIO),
     ]
     if early:
         rows.append(("lowest-share-from-round-5", min(early), 0.0, min(early) >= 0))
-    return [{"name": n, "value": v, "bar": bar, "holds": holds} for n, v, bar, holds in rows]
+    made = [_bar(first, *row) for row in rows]
+    for arm in others:
+        bar = _other_share(arm)
+        if bar is not None:
+            share = arm["horizons"][-1]["share"]["mean"]
+            made.append(_bar(arm, "captured-share", share, bar, share is not None and share >= bar))
+    return made
+
+
+def _bar(
+    arm: Mapping[str, Any], name: str, value: float | None, bar: float, holds: bool
+) -> dict[str, Any]:
+    return {"arm": arm["name"], "name": name, "value": value, "bar": bar, "holds": holds}
+
+
+def _other_share(arm: Mapping[str, Any]) -> float | None:
+    """What is asked of an arm that is not the first; None of one that is only compared."""
+    if Nodes.model_validate_json(json.dumps(arm["nodes"])) != Nodes():
+        return MIN_SHARE_UNEQUAL if arm["bits_up"] <= MAX_BITS_UP else None
+    return MIN_SHARE_TEN_TIMES if MAX_BITS_UP < arm["bits_up"] <= 10 * MAX_BITS_UP else None
