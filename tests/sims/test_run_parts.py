@@ -19,7 +19,7 @@ from talkoot.sims.cli import app
 from talkoot.sims.planning.fit import fits_of
 from talkoot.sims.planning.fleet import Fleet
 from talkoot.sims.planning.sizes import model_config, sizes_of
-from talkoot.sims.scenario import Scenario, parse_scenario
+from talkoot.sims.scenario import Scenario, load_scenario, parse_scenario
 from talkoot.sims.virtual import command
 from talkoot.sims.virtual.control import WATCHERS, lacks, surely_open
 from talkoot.sims.virtual.population import key_of, profiles
@@ -247,6 +247,16 @@ def test_without_the_extra_one_sentence_says_what_to_install(
 def test_a_crowd_is_sent_to_the_planner() -> None:
     with pytest.raises(ConfigError, match="talkoot-sim plan"):
         command.run(the({"population.0.count": 6000}))
+
+
+def test_a_model_that_cannot_be_trained_here_is_not_begun_and_not_timed(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(ConfigError, match=r"One replica of this model takes .* GiB in training"):
+        command.run(load_scenario("7b-thousand"), out=tmp_path)
+    done = CliRunner().invoke(app, ["run", "7b-thousand", "--dry-run", "--workers", "1"])
+    assert done.exit_code == 0, done.output
+    assert "derived from a smaller model" in done.stdout
+    assert "use talkoot-sim plan, or a smaller model" in done.stdout
 
 
 def test_a_directory_of_another_scenario_is_not_touched(tmp_path: Path) -> None:

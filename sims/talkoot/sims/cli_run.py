@@ -103,17 +103,23 @@ def estimate_text(found: Estimate) -> str:
     from talkoot.protocol.memory import format_size
     from talkoot.sims.figures import seconds_text
 
+    speed = found.tokens_per_second
+    told = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+    how = "measured just now" if found.measured else "derived from a smaller model"
     lines = [
         f"{found.rounds} rounds of {found.nodes} nodes with {found.parameters:,} parameters, on "
         f"{found.workers} workers.",
-        f"time    about {seconds_text(found.seconds)} ({found.tokens_per_second:,.0f} tokens a "
-        "second and worker, measured just now)",
+        f"time    about {seconds_text(found.seconds)} ({told} tokens a second and worker, {how})",
         f"memory  about {format_size(found.memory_bytes)}; {format_size(found.memory_free_bytes)} "
         "free",
         f"disk    about {format_size(found.disk_bytes)}; {format_size(found.disk_free_bytes)} free",
     ]
     if found.memory_bytes > found.memory_free_bytes:
-        lines.append("That is more memory than is free: give fewer --workers.")
+        lines.append(
+            "That is more memory than is free: give fewer --workers."
+            if found.measured
+            else "That is more memory than is free: use talkoot-sim plan, or a smaller model."
+        )
     if found.disk_bytes > found.disk_free_bytes:
         lines.append(
             "That is more disk than is free: give another --work, or simulate fewer nodes."

@@ -23,6 +23,7 @@ from talkoot.protocol.files import DirectoryLock, write_atomic
 from talkoot.sims.scenario import Scenario, broken
 from talkoot.sims.tables import require_parquet
 from talkoot.sims.virtual import session
+from talkoot.sims.virtual.estimate import require_room
 from talkoot.sims.virtual.layout import Layout
 
 MAX_NODES: Final = 5000
@@ -110,6 +111,7 @@ def run(
     found = files / "found.json"  # there once the engine has come to the end
     with DirectoryLock(files, who="simulation"):
         if not found.exists():
+            require_room(scenario)
             _drive(scenario, files, found, count, address, progress)
         return _report(scenario, target, Layout(files), found, parquet)
 

@@ -15,6 +15,8 @@ from talkoot.sims.scenario import Scenario
 
 STEPS: Final = 4
 """Timed, after one that warms up."""
+SMALL_MODEL: Final = "tiny"
+"""Preset that stands for a model that is too large to be timed."""
 START_SECONDS: Final = 25.0
 """Ray, imports and the operator's state."""
 LEASE_SECONDS: Final = 0.06
@@ -41,7 +43,9 @@ class Estimate:
     memory_free_bytes: int
     disk_free_bytes: int
     tokens_per_second: float
-    """Measured: of one worker."""
+    """Of one worker."""
+    measured: bool = True
+    """False: derived from a smaller model, as this one's replica does not fit here."""
 
     def to_json(self) -> dict[str, float]:
         """For ``--json``."""
@@ -59,7 +63,10 @@ def estimate(scenario: Scenario, workers: int | None, work: Path) -> Estimate:
     count = workers if workers is not None else os.cpu_count() or 1
     config = model_config(scenario)
     parameters = parameters_of(config)
-    speed, process_bytes = _measure(scenario, config)
+    process_bytes = replica_bytes(scenario, config)
+    free = psutil.virtual_memory().available
+    fits = process_bytes < free / 2
+    speed = _measure(scenario, config) if fits else _derive(scenario, parameters)
     rounds = scenario.rounds or _rounds_in(scenario)
     leases = rounds * scenario.nodes
     tokens = max(scenario.rules.round.tokens_per_node, scenario.corpus.block_tokens)
@@ -74,10 +81,36 @@ def estimate(scenario: Scenario, workers: int | None, work: Path) -> Estimate:
         seconds=START_SECONDS + busy + leases * COORDINATOR_SECONDS,
         memory_bytes=RAY_BYTES + (count + 1) * process_bytes,
         disk_bytes=scenario.nodes * parameters * REPLICA_BYTES,
-        memory_free_bytes=psutil.virtual_memory().available,
+        memory_free_bytes=free,
         disk_free_bytes=shutil.disk_usage(place).free,
         tokens_per_second=speed,
+        measured=fits,
     )
+
+
+def replica_bytes(scenario: Scenario, config: dict[str, object]) -> int:
+    """Of a process that trains the scenario's model on a CPU, as is predicted."""
+    from talkoot.protocol.memory import predict
+
+    section = scenario.model
+    plan = predict(dict(config), section.sequence_length, section.micro_batch)
+    return plan.device_bytes + plan.host_bytes
+
+
+def require_room(scenario: Scenario) -> None:
+    """Raise :class:`ConfigError` when not even one replica can be trained here."""
+    from talkoot.protocol.errors import ConfigError
+    from talkoot.protocol.memory import format_size
+    from talkoot.sims.planning.sizes import model_config
+
+    needed, there = replica_bytes(scenario, model_config(scenario)), psutil.virtual_memory().total
+    if needed > there:
+        raise ConfigError(
+            f"One replica of this model takes {format_size(needed)} in training, and this machine "
+            f"has {format_size(there)}: choose a smaller model.preset, or use talkoot-sim plan, "
+            "which trains nothing.",
+            code="too-large",
+        )
 
 
 def _rounds_in(scenario: Scenario) -> int:
@@ -85,11 +118,21 @@ def _rounds_in(scenario: Scenario) -> int:
     return max(1, round((scenario.days or 1) * 86_400 / scenario.rules.round.deadline_seconds * 2))
 
 
-def _measure(scenario: Scenario, config: dict[str, object]) -> tuple[float, int]:
-    """Tokens a second of one worker, and the bytes of its process with a replica."""
+def _derive(scenario: Scenario, parameters: int) -> float:
+    """Tokens a second of one worker, if they fall as parameters grow: a rough upper bound."""
+    from talkoot.protocol.model import preset
+    from talkoot.sims.planning.sizes import parameters_of
+
+    small = dict(preset(SMALL_MODEL))
+    section = scenario.model.model_copy(update={"sequence_length": 64, "micro_batch": 4})
+    speed = _measure(scenario.model_copy(update={"model": section}), small)
+    return speed * parameters_of(small) / parameters
+
+
+def _measure(scenario: Scenario, config: dict[str, object]) -> float:
+    """Tokens a second of one worker."""
     import torch
 
-    from talkoot.protocol.memory import predict
     from talkoot.protocol.recipes import REFERENCE, get
     from talkoot.protocol.replica import new_replica
 
@@ -104,5 +147,4 @@ def _measure(scenario: Scenario, config: dict[str, object]) -> tuple[float, int]
     for _ in range(STEPS):
         replica.step(ids, 1e-4)
     seconds = max(time.monotonic() - began, 1e-9)
-    plan = predict(dict(config), section.sequence_length, section.micro_batch)
-    return STEPS * ids.numel() / seconds, plan.device_bytes + plan.host_bytes
+    return STEPS * ids.numel() / seconds
