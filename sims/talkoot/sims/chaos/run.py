@@ -64,6 +64,8 @@ def run_chaos(options: ChaosOptions, say: Say) -> dict[str, Any]:
                 _soak(options, document, say, cluster.create("chaos"))
         else:
             _soak(options, document, say)
+        # The paired run takes minutes more, and may be stopped: what was seen so far is kept.
+        _write(options, document, began)
         if options.paired_rounds:
             document["paired"], record = paired(
                 options.out / "paired",
@@ -82,9 +84,13 @@ def run_chaos(options: ChaosOptions, say: Say) -> dict[str, Any]:
         document["lost_items"] = 0
         document["passed"] = True
     finally:
-        document["seconds"] = round(time.monotonic() - began, 1)
-        write_atomic(options.out / "chaos.json", json.dumps(document, indent=2).encode() + b"\n")
+        _write(options, document, began)
     return document
+
+
+def _write(options: ChaosOptions, document: dict[str, Any], began: float) -> None:
+    document["seconds"] = round(time.monotonic() - began, 1)
+    write_atomic(options.out / "chaos.json", json.dumps(document, indent=2).encode() + b"\n")
 
 
 def _soak(options: ChaosOptions, document: dict[str, Any], say: Say, ledger_url: str = "") -> None:
