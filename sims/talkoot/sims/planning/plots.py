@@ -232,7 +232,7 @@ PICTURES: Final[tuple[tuple[str, str, str, Draw, Callable[[PlanResult], float]],
         "utilization",
         "Who trains, when",
         "Share of a class's time online that goes into training that counted, round by round; in "
-        "brackets its nodes. White is when nobody was there.",
+        "brackets its nodes. A gap is when nobody was there.",
         utilization,
         _heat_inches,
     ),

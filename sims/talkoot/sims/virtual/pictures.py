@@ -157,7 +157,7 @@ def _who_trains(
         "utilization",
         "Who trains, when",
         "Share of a class's time online that goes into training that counted, moment by moment; in "
-        "brackets its nodes, behind them the share over the whole run. White is when nobody was "
+        "brackets its nodes, behind them the share over the whole run. A gap is when nobody was "
         "there.",
         paint,
         heat_height(len(classes)),
