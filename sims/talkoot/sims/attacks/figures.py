@@ -133,19 +133,19 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
     plain = [100 * row["plain_above_honest_only"] for row in rows if row["plain_mean"] is not None]
     at = [place for place, row in zip(places, rows, strict=True) if row["plain_mean"] is not None]
     most = max(10.0, *above, *(p for p in plain if p < CUT_PERCENT)) * 1.15
-    least = min(0.0, *above, *plain) * 1.15 - 0.5
+    chance = 100 * data["chance"]
+    least = min(-chance, *above, *plain) * 1.15 - 0.2
     axes.barh([p - 0.2 for p in places], above, 0.4, label="with defences")
-    axes.barh([p + 0.2 for p in at], plain, 0.4, label="plain mean", color="#c9735f")
+    if at:
+        axes.barh([p + 0.2 for p in at], plain, 0.4, label="plain mean", color="#c9735f")
     for place, value in zip(at, plain, strict=True):
         if value > most:
             axes.text(most * 0.99, place + 0.2, f"+{value:.0f} %", ha="right", va="center", size=8)
     for place, row in zip(places, rows, strict=True):
         seeds = [100 * one for one in row["above_by_seed"]]
         axes.plot(seeds, [place - 0.2] * len(seeds), "k.", ms=4)
-    chance = 100 * data["chance"]
-    axes.axvspan(
-        -chance, chance, color="black", alpha=0.08, lw=0, label="honest runs differ so much"
-    )
+    told = "honest runs differ so much"
+    axes.axvspan(-chance, chance, color="black", alpha=0.08, lw=0, zorder=0, label=told)
     axes.axvline(0, color="black", lw=1)
     axes.axvline(100 * data["bar"], color="black", lw=1, ls=":", label="bar")
     axes.set_yticks(list(places), [r["attack"] for r in rows])
