@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -146,3 +147,20 @@ def test_the_fingerprint_tells_the_steps_that_were_done_from_others_and_not_the_
     assert sketch_distance(sketch("fp32-adamw", length=32), honest) > 0.4
     assert sketch_distance(sketch("fp32-adamw", nonce="cd" * 16), honest) > 0.4
     assert sketch_distance([], honest) == 1.0
+
+
+def test_threads_that_prove_at_once_get_the_fingerprints_of_their_own_nonces() -> None:
+    """Recipes that compute activations again put the process's generator back on their way."""
+    nonces = [hashlib.md5(bytes([n]), usedforsecurity=False).hexdigest() for n in range(24)]
+    names = ("fp32-adamw", "fp32-adamw-ckpt", "bf16-backward-adafactor")
+    proofs = [(nonce, recipes.get(names[n % 3])) for n, nonce in enumerate(nonces)]
+
+    def prove(proof: tuple[str, recipes.Recipe]) -> tuple[float, list[float]]:
+        nonce, recipe = proof
+        return proof_result(
+            preset("nano"), nonce, sequence_length=64, micro_batch=4, inner=SPEC, recipe=recipe
+        )
+
+    alone = [prove(proof) for proof in proofs]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(prove, proofs)) == alone

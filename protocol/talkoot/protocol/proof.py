@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,9 @@ from talkoot.protocol.schedule import learning_rate
 if TYPE_CHECKING:
     import torch
 
+_ALONE: Final = threading.Lock()
+"""Checkpointed activations put torch's generator back to where it was, and it is the process's: done
+while another thread draws the weights of its nonce, those would be others."""
 NONCE: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 MAX_PROOF_STEPS: Final = 64
 MAX_PROOF_TOKENS: Final = 2**26
@@ -170,22 +174,22 @@ def proof_result(
     device: torch.device | str = "cpu",
 ) -> tuple[float, list[float]]:
     """What ``Proof.loss`` and ``Proof.sketch`` must be near: mean loss of :func:`proof_steps`, in
-    nats per token, and the fingerprint of what the steps changed."""
+    nats per token, and the fingerprint of what the steps changed. Thread-safe: one at a time."""
     mark: list[float] = []
-    losses = list(
-        proof_steps(
-            config,
-            nonce,
-            sequence_length=sequence_length,
-            micro_batch=micro_batch,
-            inner=inner,
-            steps=steps,
-            recipe=recipe,
-            adapter=adapter,
-            device=device,
-            mark=mark,
-        )
+    steps_of_nonce = proof_steps(
+        config,
+        nonce,
+        sequence_length=sequence_length,
+        micro_batch=micro_batch,
+        inner=inner,
+        steps=steps,
+        recipe=recipe,
+        adapter=adapter,
+        device=device,
+        mark=mark,
     )
+    with _ALONE:
+        losses = list(steps_of_nonce)
     return sum(losses) / len(losses), mark
 
 

@@ -266,11 +266,21 @@ class GridControl:
         """
         if not self._waiting:
             return []
-        return [
-            (node_id, _verdict_of(reply))
-            for reply in self._grid.pull_messages(sorted(self._waiting))
-            if (node_id := self._waiting.pop(reply.metadata.reply_to_message_id, None)) is not None
-        ]
+        out = []
+        for reply in self._grid.pull_messages(sorted(self._waiting)):
+            node_id = self._answers(reply.metadata)
+            if node_id is not None:
+                out.append((node_id, _verdict_of(reply)))
+        return out
+
+    def _answers(self, metadata: Any) -> int | None:
+        """Whose reply a message is, which then is waited for no longer.
+
+        None when it is nobody's. For a node that is away Flower answers in its own name, with an
+        error: its lease is kept all the same, since it may be back within a minute.
+        """
+        node_id = self._waiting.pop(metadata.reply_to_message_id, None)
+        return node_id if node_id == metadata.src_node_id else None
 
     def forget(self) -> None:
         """Stop waiting for the replies of an earlier round."""
@@ -343,7 +353,7 @@ class WaryGridControl(GridControl):
         asked = PullAppMessagesRequest(message_ids=sorted(self._waiting))
         found = self._http._runtime_client.PullMessages(asked)
         for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
-            node_id = self._waiting.pop(message.metadata.reply_to_message_id, None)
+            node_id = self._answers(message.metadata)
             if node_id is None:
                 continue
             parts = [part.object_id for part in islice(iterate_object_tree(tree), MAX_PARTS + 1)]
