@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 _ALONE: Final = threading.Lock()
-"""Checkpointed activations put torch's generator back to where it was, and it is the process's: done
-while another thread draws the weights of its nonce, those would be others."""
+"""Checkpointed activations put torch's generator back to where it was, and it is the process's.
+Done while another thread draws the weights of its nonce, those would be others."""
 NONCE: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 MAX_PROOF_STEPS: Final = 64
 MAX_PROOF_TOKENS: Final = 2**26
