@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
+from contextlib import closing
 from typing import Final
 
 from bench.plane import ROOT, WAIT_SECONDS, Plane
@@ -38,17 +38,10 @@ class Relay:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.down = 0
-
-    def __enter__(self) -> Relay:
         threading.Thread(target=self._accept, daemon=True).start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Take no more connections."""
         self._listener.close()
 
     def _accept(self) -> None:
@@ -86,7 +79,10 @@ class Relay:
 def checkpoint(run: Run) -> Iterator[Row]:
     """A client killed 20 times at random offsets of a fetch: what came down, to what there is."""
     size = 4096 * MIB
-    with Plane(run.scratch / "plane", size) as plane, Relay(plane.ports["transfer"]) as relay:
+    with (
+        Plane(run.scratch / "plane", size) as plane,
+        closing(Relay(plane.ports["transfer"])) as relay,
+    ):
         ports = json.dumps({**plane.ports, "transfer": relay.port})
         chance = random.Random(7)
         command = [sys.executable, "-m", "bench.plane", "run", str(plane.root), plane.host]

@@ -26,7 +26,7 @@ from talkoot.protocol.errors import (
 )
 from talkoot.protocol.messages import CodecSpec, InnerSpec, RoundTask
 from talkoot.protocol.payload import PayloadReader
-from talkoot.protocol.proof import proof_loss
+from talkoot.protocol.proof import proof_result
 from talkoot.protocol.replay import ReplayJob, replay_lease
 from talkoot.protocol.weights import WeightsReader, apply_update
 
@@ -400,7 +400,7 @@ def test_the_proof_is_the_loss_that_the_coordinator_recomputes(
     trainer = synced(run, tmp_path / "work")
     proof = trainer.prove(NONCE, 3)
     spec = run.spec
-    expected = proof_loss(
+    expected, mark = proof_result(
         dict(trainer._opened.config),
         NONCE,
         sequence_length=spec.sequence_length,
@@ -409,6 +409,7 @@ def test_the_proof_is_the_loss_that_the_coordinator_recomputes(
         steps=3,
     )
     assert proof["loss"] == pytest.approx(expected, abs=1e-6)
+    assert proof["sketch"] == pytest.approx(mark, abs=1e-6)
     assert proof["loss"] != pytest.approx(
         trainer.prove("f" * 32, 3)["loss"], abs=1e-6
     )  # another nonce, another loss

@@ -10,7 +10,7 @@ import inspect
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,21 @@ def probe(superlink: LocalSuperLink, orders: Path) -> Iterator[Probe]:
     _until(lambda: superlink.control.runs()[run_id][0] == "finished")
 
 
+def _app(answer: Callable[[Message], RecordDict]) -> ClientApp:
+    """An app that answers each task so."""
+    app = ClientApp()
+
+    @app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
+    def train(message: Message, _context: Context) -> Message:
+        return Message(answer(message), reply_to=message)
+
+    return app
+
+
+def _verdict(text: str) -> RecordDict:
+    return RecordDict({VERDICT_RECORD: ConfigRecord({VERDICT_KEY: text})})
+
+
 def _node(superlink: LocalSuperLink, app: ClientApp) -> FleetHost:
     key = NodeKey.generate()
     superlink.register(key)
@@ -265,15 +280,13 @@ def test_a_task_reaches_its_node_and_the_verdict_comes_back(
     superlink: LocalSuperLink, probe: Probe
 ) -> None:
     seen: list[tuple[Any, str, str]] = []
-    app = ClientApp()
 
-    @app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
-    def train(message: Message, _context: Context) -> Message:
+    def answer(message: Message) -> RecordDict:
         text = message.content.config_records[TASK_RECORD][TASK_KEY]
         seen.append((text, message.metadata.message_type, message.metadata.group_id))
-        verdict = ConfigRecord({VERDICT_KEY: f"verdict on {text}"})
-        return Message(RecordDict({VERDICT_RECORD: verdict}), reply_to=message)
+        return _verdict(f"verdict on {text}")
 
+    app = _app(answer)
     host, other = _node(superlink, app), _node(superlink, app)
     node_id, other_id = host.connect(1.0), other.connect(1.0)
     try:
@@ -297,13 +310,7 @@ def test_a_task_reaches_its_node_and_the_verdict_comes_back(
 
 
 def test_a_reply_without_a_verdict_is_told_as_none(superlink: LocalSuperLink, probe: Probe) -> None:
-    app = ClientApp()
-
-    @app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
-    def train(message: Message, _context: Context) -> Message:
-        return Message(RecordDict({}), reply_to=message)
-
-    host = _node(superlink, app)
+    host = _node(superlink, _app(lambda _message: RecordDict({})))
     node_id = host.connect(1.0)
     try:
         probe.call("send", {node_id: "a task"})
@@ -316,13 +323,7 @@ def test_a_reply_without_a_verdict_is_told_as_none(superlink: LocalSuperLink, pr
 def test_a_reply_whose_parts_never_come_holds_up_nobody(
     superlink: LocalSuperLink, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = ClientApp()
-
-    @app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
-    def train(message: Message, _context: Context) -> Message:
-        verdict = ConfigRecord({VERDICT_KEY: "done"})
-        return Message(RecordDict({VERDICT_RECORD: verdict}), reply_to=message)
-
+    app = _app(lambda _message: _verdict("done"))
     liar, honest = _node(superlink, app), _node(superlink, app)
     liar_id, honest_id = liar.connect(1.0), honest.connect(1.0)
     try:
@@ -344,15 +345,9 @@ def test_a_reply_whose_parts_never_come_holds_up_nobody(
 def test_a_reply_of_more_parts_than_any_of_ours_is_not_read(
     superlink: LocalSuperLink, probe: Probe
 ) -> None:
-    app = ClientApp()
-
-    @app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
-    def train(message: Message, _context: Context) -> Message:
-        records = {f"record {n}": ConfigRecord({"n": n}) for n in range(flower.MAX_PARTS)}
-        records[VERDICT_RECORD] = ConfigRecord({VERDICT_KEY: "done"})
-        return Message(RecordDict(dict(records)), reply_to=message)
-
-    host = _node(superlink, app)
+    records = {f"record {n}": ConfigRecord({"n": n}) for n in range(flower.MAX_PARTS)}
+    records[VERDICT_RECORD] = ConfigRecord({VERDICT_KEY: "done"})
+    host = _node(superlink, _app(lambda _message: RecordDict(dict(records))))
     node_id = host.connect(1.0)
     try:
         probe.call("send", {node_id: "a task"})
@@ -365,13 +360,7 @@ def test_a_reply_of_more_parts_than_any_of_ours_is_not_read(
 def test_a_task_for_a_node_that_is_gone_does_not_stop_the_others(
     superlink: LocalSuperLink, probe: Probe
 ) -> None:
-    app = ClientApp()
-
-    @app.train()  # type: ignore[untyped-decorator]  # flwr is not typed for us
-    def train(message: Message, _context: Context) -> Message:
-        verdict = ConfigRecord({VERDICT_KEY: "done"})
-        return Message(RecordDict({VERDICT_RECORD: verdict}), reply_to=message)
-
+    app = _app(lambda _message: _verdict("done"))
     gone, here = _node(superlink, app), _node(superlink, app)
     gone_id, here_id = gone.connect(1.0), here.connect(1.0)
     gone.close()

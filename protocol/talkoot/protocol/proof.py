@@ -191,30 +191,3 @@ def proof_result(
     with _ALONE:
         losses = list(steps_of_nonce)
     return sum(losses) / len(losses), mark
-
-
-def proof_loss(
-    config: dict[str, Any],
-    nonce: str,
-    *,
-    sequence_length: int,
-    micro_batch: int,
-    inner: InnerSpec,
-    steps: int = 2,
-    recipe: Recipe | None = None,
-    adapter: AdapterSpec | None = None,
-    device: torch.device | str = "cpu",
-) -> float:
-    """The first of :func:`proof_result`."""
-    loss, _ = proof_result(
-        config,
-        nonce,
-        sequence_length=sequence_length,
-        micro_batch=micro_batch,
-        inner=inner,
-        steps=steps,
-        recipe=recipe,
-        adapter=adapter,
-        device=device,
-    )
-    return loss

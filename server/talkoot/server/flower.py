@@ -306,7 +306,7 @@ class WaryGridControl(GridControl):
     ``pull_messages`` waits up to two hours for parts that do not come, because their sender was
     banned meanwhile, died or means harm, and the round loop with it. Here each part is asked for
     once a call, and a reply that is not whole after :data:`REPLY_SECONDS` counts as an error, as
-    does one that is larger than any of ours or cannot be read.
+    does one that has more parts than any of ours or cannot be read.
 
     Args:
         grid: Flower's ``HttpGrid``.
@@ -321,12 +321,14 @@ class WaryGridControl(GridControl):
 
     def replies(self) -> Iterable[tuple[int, str | None]]:
         """See :meth:`GridControl.replies`."""
-        out: list[tuple[int, str | None]] = []
         if self._waiting:
-            out += [(node_id, None) for node_id in self._announced()]
+            self._arriving += self._announced()
+        out: list[tuple[int, str | None]] = []
         still = []
         for reply in self._arriving:
-            if self._pull(reply):
+            if len(reply.missing) + len(reply.parts) > MAX_PARTS:
+                out.append((reply.node_id, None))
+            elif self._pull(reply):
                 out.append((reply.node_id, _read(reply)))
             elif self._clock() < reply.until:
                 still.append(reply)
@@ -344,25 +346,23 @@ class WaryGridControl(GridControl):
             self._confirm(reply)
         self._arriving.clear()
 
-    def _announced(self) -> list[int]:
-        """Note which replies are on their way; returns whose are refused unread."""
+    def _announced(self) -> list[_Arriving]:
+        """The replies that are on their way since the last call; of their parts one over the cap
+        is noted at most."""
         from flwr.proto.runtime_pb2 import PullAppMessagesRequest
         from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
-        refused = []
         asked = PullAppMessagesRequest(message_ids=sorted(self._waiting))
         found = self._http._runtime_client.PullMessages(asked)
+        until = self._clock() + REPLY_SECONDS
+        replies = []
         for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
             node_id = self._answers(message.metadata)
-            if node_id is None:
-                continue
-            parts = [part.object_id for part in islice(iterate_object_tree(tree), MAX_PARTS + 1)]
-            if len(parts) > MAX_PARTS:
-                refused.append(node_id)
-                continue
-            until = self._clock() + REPLY_SECONDS
-            self._arriving.append(_Arriving(node_id, message.metadata.message_id, parts, {}, until))
-        return refused
+            if node_id is not None:
+                parts = islice(iterate_object_tree(tree), MAX_PARTS + 1)
+                ids = [part.object_id for part in parts]
+                replies.append(_Arriving(node_id, message.metadata.message_id, ids, {}, until))
+        return replies
 
     def _pull(self, reply: _Arriving) -> bool:
         """Ask once for what is missing of a reply; whether it is whole."""
