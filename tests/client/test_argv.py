@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from talkoot.client.argv import hide
 print(hide(sys.argv[1]))
-print(Path("/proc/self/cmdline").read_bytes().hex())
+print(Path("/proc/self/cmdline").read_bytes().hex(), flush=True)
 sys.stdin.read()
 """
 
