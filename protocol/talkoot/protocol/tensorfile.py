@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from talkoot.protocol import limits
+from talkoot.protocol.direct import PastCache
 from talkoot.protocol.errors import ProtocolError
 from talkoot.protocol.files import explain_os_error
 
@@ -124,17 +125,17 @@ class TensorFile:
         start, size = self.span(name)
         if not 0 <= offset <= offset + data.size <= size:
             raise ValueError(f"{data.size} bytes from {offset} on are not in a tensor of {size}")
-        view, done = data.data, 0
         try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(start + offset)
-                while done < data.size:
-                    got = file.readinto(view[done:])
-                    if not got:
-                        raise self._wrong(f"it ends inside {name}")
-                    done += got
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                with PastCache(fd, os.O_RDONLY) as file:
+                    got = file.read(data, start + offset)
+            finally:
+                os.close(fd)
         except OSError as err:
             raise explain_os_error(err, "reading tensors", self.path) from err
+        if got < data.size:
+            raise self._wrong(f"it ends inside {name}")
 
     def wrong_entry(self, name: str, what: str) -> ProtocolError:
         """The error for an entry that is not what the manifest says."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from talkoot.protocol import limits
 from talkoot.protocol.codec import SparseTensor
+from talkoot.protocol.direct import BLOCK, PastCache, congruent
 from talkoot.protocol.errors import ProtocolError
 from talkoot.protocol.files import atomic_writer, explain_os_error
 from talkoot.protocol.manifest import (
@@ -59,6 +60,7 @@ class WeightsWriter:
         self._lock = threading.Lock()
         self._stack = contextlib.ExitStack()
         self._file: BinaryIO | None = None
+        self._disk: PastCache | None = None
         # Wide elements first, as safetensors does: every tensor is then aligned to its element.
         ordered = sorted(manifest.tensors, key=lambda spec: -ITEM_BYTES[spec.dtype])
         entries = [
@@ -86,14 +88,19 @@ class WeightsWriter:
             self.put(name, offset, slab)
             offset += len(slab)
 
+    def place(self, name: str) -> int:
+        """Where in the file a tensor's bytes begin."""
+        return self._offsets[name]
+
     def put(self, name: str, offset: int, data: memoryview) -> None:
-        """Write some bytes of a tensor, from its byte ``offset`` on. Each must be put once."""
-        if self._file is None:
+        """Write some bytes of a tensor, from its byte ``offset`` on. Each must be put once.
+
+        Memory that is :func:`congruent` to the :meth:`place` goes past the page cache.
+        """
+        if self._disk is None:
             raise ValueError("WeightsWriter.put is for use inside its with block")
-        at, done = self._offsets[name] + offset, 0
         try:
-            while done < len(data):
-                done += os.pwrite(self._file.fileno(), data[done:], at + done)
+            self._disk.write(np.frombuffer(data, dtype=np.uint8), self._offsets[name] + offset)
         except OSError as err:
             raise explain_os_error(err, "writing weights", self._path) from err
         with self._lock:
@@ -114,6 +121,7 @@ class WeightsWriter:
             self._file = self._stack.enter_context(atomic_writer(self._path))
             self._file.write(self._header)
             self._file.flush()
+            self._disk = self._stack.enter_context(PastCache(self._file.fileno(), os.O_WRONLY))
         except OSError as err:
             raise explain_os_error(err, "writing weights", self._path) from err
         return self
@@ -124,7 +132,7 @@ class WeightsWriter:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file = None
+        self._file = self._disk = None
         missing = [name for name, left in self._left.items() if left]
         if value is None and missing:
             unfinished = ProtocolError(
@@ -173,8 +181,15 @@ class WeightsReader:
         raw = torch.from_numpy(self._file.read(name))
         return raw.view(_TORCH_DTYPE[spec.dtype]).reshape(spec.shape)
 
+    def place(self, name: str) -> int:
+        """Where in the file a tensor's bytes begin."""
+        return self._file.span(name)[0]
+
     def read_into(self, name: str, offset: int, data: npt.NDArray[np.uint8]) -> None:
-        """Fill ``data`` with a tensor's bytes from ``offset`` on; any thread may."""
+        """Fill ``data`` with a tensor's bytes from ``offset`` on; any thread may.
+
+        Memory that is :func:`congruent` to the :meth:`place` is filled past the page cache.
+        """
         self._file.read_into(name, offset, data)
 
     def digest_table(self) -> dict[str, str]:
@@ -255,7 +270,8 @@ def apply_update(
             tensor, sections, number = job
             start, elements = sections.spans[number]
             item = ITEM_BYTES[tensor.dtype]
-            raw = np.empty(elements * item, dtype=np.uint8)
+            size, at = elements * item, writer.place(tensor.name) + start * item
+            raw = congruent(np.empty(size + BLOCK, dtype=np.uint8), size, at)
             old.read_into(tensor.name, start * item, raw)
             flat = torch.from_numpy(raw).view(_TORCH_DTYPE[tensor.dtype])
             add_sparse_(flat, sections.decode(number))

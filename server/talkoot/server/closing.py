@@ -1,9 +1,10 @@
 """The one pass over all sections that closes a round. Called by ``aggregate.py``.
 
-A section is 2**20 elements of a tensor (ADR 13). For each, one thread reads its state, decodes all
-contributions, steps the outer optimizer, encodes the update and writes the new state; a few threads
-do so at once, and the caller's thread takes their results in order. A thread works in buffers that
-are given from section to section, so memory follows neither tensors nor nodes.
+A section is 2**20 elements of a tensor (ADR 13). One of a few threads reads its state; another
+decodes all contributions, steps the outer optimizer and encodes the update; the caller's thread
+takes the results in order and hashes them; a third writes the new state. So the disk and all cores
+work at once. A section's buffers are given on to a later one, so memory follows neither tensors nor
+nodes.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ import math
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from talkoot.protocol import codec_bits as bits
 from talkoot.protocol import faults
@@ -30,6 +30,7 @@ from talkoot.protocol.codec import (
     joined,
 )
 from talkoot.protocol.codec_bits import section_elements, section_spans
+from talkoot.protocol.direct import BLOCK, congruent
 from talkoot.protocol.errors import ProtocolError
 from talkoot.protocol.manifest import ITEM_BYTES, Manifest, TensorSpec
 from talkoot.protocol.messages import CodecSpec
@@ -40,6 +41,8 @@ from talkoot.server.outer import OuterSpec, outer_step_
 from talkoot.server.robust import AggregationSpec, sign_majority, trimmed_mean
 
 Clock = Callable[[], float]
+_AHEAD = 2
+"""Threads that read, and as many that write, where there are threads at all."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -97,20 +100,41 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class _Done:
+class _Work:
+    """A section and its state: read at first, then what it becomes."""
+
     job: _Job
+    buffers: _Buffers
+    published: bits.U8
+    """In the manifest's dtype."""
+    lacking: bits.F32
+    """What the published weights lack: the server's error feedback."""
+    momentum: bits.F32 | None
+
+
+@dataclass(frozen=True)
+class _Done:
+    work: _Work
+    momentum: bits.F32 | None
     sections: Sequence[EncodedSection]
     gradient_squares: float
     update_squares: float
-    buffers: _Buffers
 
 
 class _Buffers:
     """Memory for one section: its published weights and what they lack."""
 
     def __init__(self, elements: int) -> None:
-        self.published = np.empty(4 * elements, dtype=np.uint8)
-        self.total = np.empty(elements, dtype=np.float32)
+        self._published = np.empty(4 * elements + BLOCK, dtype=np.uint8)
+        self._lacking = np.empty(4 * elements + BLOCK, dtype=np.uint8)
+
+    def of(self, job: _Job, new: NewState) -> tuple[bits.U8, bits.F32]:
+        """Both, in memory that lies as the new files want it."""
+        size, name = ITEM_BYTES[job.spec.dtype], job.spec.name
+        at = new.published.place(name) + size * job.start
+        published = congruent(self._published, size * job.elements, at)
+        at = new.feedback.place(name) + 4 * job.start
+        return published, congruent(self._lacking, 4 * job.elements, at).view(np.float32)
 
 
 class Closing:
@@ -141,23 +165,20 @@ class Closing:
 
     def tensors(self) -> Iterator[tuple[str, EncodedTensor]]:
         """Do it; the update's tensors, in manifest order."""
-        for _ in range(2 * self._workers + 1):
-            self._spare.put(_Buffers(self._elements))
         gradient: list[float] = []
         update: list[float] = []
         sections: list[EncodedSection] = []
-        for done in in_order(self._section, self._jobs(), self._workers):
-            spec, job = done.job.spec, done.job
-            size = job.elements * ITEM_BYTES[spec.dtype]
-            with self._stage("hash"):
-                self._new.published.digest_next(spec.name, done.buffers.published[:size].data)
-            self._spare.put(done.buffers)
+        ahead = _AHEAD if self._workers > 1 else 1
+        read = in_order(self._read, self._jobs(), ahead)
+        closed = in_order(self._section, read, self._workers)
+        for done in in_order(self._write, self._hashed(closed), ahead):
+            job = done.work.job
             gradient.append(done.gradient_squares)
             update.append(done.update_squares)
             sections += done.sections
             if job.last:
                 faults.place("aggregate.tensor")
-                yield spec.name, EncodedTensor(spec.numel, tuple(sections))
+                yield job.spec.name, EncodedTensor(job.spec.numel, tuple(sections))
                 sections = []
         self.gradient_squares = math.fsum(gradient)
         self.update_squares = math.fsum(update)
@@ -174,30 +195,52 @@ class Closing:
                 last = number == len(spans) - 1
                 yield _Job(spec, start, elements, parts, number, last)
 
-    def _section(self, job: _Job) -> _Done:
-        buffers = self._spare.get()
-        size = ITEM_BYTES[job.spec.dtype]
-        raw = buffers.published[: job.elements * size]
-        total = buffers.total[: job.elements]
-        name, offset = job.spec.name, job.start * size
+    def _read(self, job: _Job) -> _Work:
+        try:
+            buffers = self._spare.get_nowait()
+        except queue.Empty:
+            buffers = _Buffers(self._elements)  # as many as are under way at once
+        published, lacking = buffers.of(job, self._new)
+        momentum = None
+        name, old = job.spec.name, self._old
         with self._stage("read"):
-            self._old.published.read_into(name, offset, raw)
-            if self._old.feedback is None:
-                total.fill(0.0)
+            old.published.read_into(name, ITEM_BYTES[job.spec.dtype] * job.start, published)
+            if old.feedback is None:
+                lacking.fill(0.0)
             else:
-                self._old.feedback.read_into(name, 4 * job.start, total.view(np.uint8))
+                old.feedback.read_into(name, 4 * job.start, lacking.view(np.uint8))
+            if old.momentum is not None:
+                momentum = np.empty(job.elements, dtype=np.float32)
+                old.momentum.read_into(name, 4 * job.start, momentum.view(np.uint8))
+        return _Work(job, buffers, published, lacking, momentum)
+
+    def _section(self, work: _Work) -> _Done:
         with self._stage("decode"):
-            mean = self._combine(job)
+            mean = self._combine(work.job)
         squares = _sum_of_squares(mean)
         with self._stage("outer"):
-            self._step(job, total, mean)
+            momentum = self._step(work, mean)
         with self._stage("encode"):
-            sections, sent = self._encode(job, total)
-            self._publish(job, raw, total, sent)
+            sections, sent = self._encode(work.job, work.lacking)
+            self._publish(work, sent)
+        return _Done(work, momentum, sections, squares, sent.sum_of_squares())
+
+    def _hashed(self, closed: Iterable[_Done]) -> Iterator[_Done]:
+        for done in closed:
+            with self._stage("hash"):
+                self._new.published.digest_next(done.work.job.spec.name, done.work.published.data)
+            yield done
+
+    def _write(self, done: _Done) -> _Done:
+        job, work, new = done.work.job, done.work, self._new
         with self._stage("write"):
-            self._new.published.put(name, offset, raw.data)
-            self._new.feedback.put(name, 4 * job.start, total.view(np.uint8).data)
-        return _Done(job, sections, squares, sent.sum_of_squares(), buffers)
+            name = job.spec.name
+            new.published.put(name, ITEM_BYTES[job.spec.dtype] * job.start, work.published.data)
+            new.feedback.put(name, 4 * job.start, work.lacking.view(np.uint8).data)
+            if new.momentum is not None and done.momentum is not None:
+                new.momentum.put(name, 4 * job.start, done.momentum.view(np.uint8).data)
+        self._spare.put(work.buffers)
+        return done
 
     def _combine(self, job: _Job) -> bits.F32:
         """The averaged pseudo-gradient of a section."""
@@ -219,19 +262,13 @@ class Closing:
             held = self._local.scratch = np.empty((2, self._elements), dtype=np.float32)
         return held[0, :elements], held[1, :elements]
 
-    def _step(self, job: _Job, total: bits.F32, mean: bits.F32) -> None:
-        """Move ``total``, what the published weights lack, by one outer step."""
-        name, at = job.spec.name, 4 * job.start
-        momentum: Tensor | None = None
-        if self._old.momentum is not None:
-            held = np.empty(job.elements, dtype=np.float32)
-            self._old.momentum.read_into(name, at, held.view(np.uint8))
-            momentum = torch.from_numpy(held)
+    def _step(self, work: _Work, mean: bits.F32) -> bits.F32 | None:
+        """Move what the published weights lack by one outer step; the new momentum."""
+        old = None if work.momentum is None else torch.from_numpy(work.momentum)
         momentum = outer_step_(
-            self._outer, torch.from_numpy(total), torch.from_numpy(mean), momentum
+            self._outer, torch.from_numpy(work.lacking), torch.from_numpy(mean), old
         )
-        if self._new.momentum is not None and momentum is not None:
-            self._new.momentum.put(name, at, momentum.numpy().view(np.uint8).data)
+        return None if momentum is None else momentum.numpy()
 
     def _encode(self, job: _Job, total: bits.F32) -> tuple[Sequence[EncodedSection], SparseTensor]:
         flat, spans = torch.from_numpy(total), section_spans(job.elements, self._downlink)
@@ -241,14 +278,15 @@ class Closing:
             raise _not_finite(job.spec.name) from err
         return [one for one, _ in made], joined([sent for _, sent in made], [s for s, _ in spans])
 
-    def _publish(self, job: _Job, raw: bits.U8, total: bits.F32, sent: SparseTensor) -> None:
-        """Add what is sent to the published weights, as a node does, and leave in ``total`` what
-        they still lack: the rounding of what was sent, and a share of what was not."""
-        published = torch.from_numpy(raw).view(_DTYPES[job.spec.dtype])
+    def _publish(self, work: _Work, sent: SparseTensor) -> None:
+        """Add what is sent to the published weights, as a node does, and leave what they still
+        lack: the rounding of what was sent, and a share of what was not."""
+        spec = work.job.spec
+        published = torch.from_numpy(work.published).view(_DTYPES[spec.dtype])
         before, after = add_sparse_(published, sent)
         if not bool(torch.isfinite(after).all()):
-            raise _not_finite(job.spec.name)
-        lacking = torch.from_numpy(total)
+            raise _not_finite(spec.name)
+        lacking = torch.from_numpy(work.lacking)
         rounding = lacking[sent.indices] - (after.float() - before.float())
         if self._outer.feedback_decay < 1:
             lacking *= self._outer.feedback_decay
