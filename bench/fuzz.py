@@ -141,6 +141,8 @@ def mutate_json(data: bytes, rng: random.Random, others: Sequence[bytes]) -> byt
 
 def mutate_safetensors(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
     """Change the header, the bodies, or the length that stands in front."""
+    if len(data) < 8:  # what an earlier change left
+        return mutate_bytes(data, rng, others)
     (length,) = struct.unpack_from("<Q", data)
     header, body = data[8 : 8 + length], data[8 + length :]
     match rng.randrange(4):

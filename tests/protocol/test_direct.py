@@ -43,7 +43,7 @@ def test_ranges_in_any_place_and_memory_hold_what_was_written(
             model[at : at + size] = data
             disk.write(data, at)
     assert path.read_bytes() == model.tobytes()
-    with path.open("rb") as file, PastCache(file.fileno(), os.O_RDONLY) as disk:
+    with path.open("rb") as old, PastCache(old.fileno(), os.O_RDONLY) as disk:
         for at, size, off in ranges:
             data = _room(size, at, off)
             assert disk.read(data, at) == size
