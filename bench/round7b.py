@@ -218,28 +218,45 @@ def aggregate(root: str) -> dict[str, Any]:
 
 
 def raw_copy(root: str, share: float) -> dict[str, Any]:
-    """A share of the state bytes that aggregation reads and writes, read and written raw."""
+    """A share of the state bytes that aggregation reads and writes, read and written raw: through
+    the page cache and past it. The faster of the two counts."""
+    ways = {"page cache": _copied(root, share, past=False), "past it": _copied(root, share, True)}
+    seconds, moved = min(ways.values())
+    told = {f"raw copy, {way}, scaled": took / share for way, (took, _) in ways.items()}
+    return {"stages": {"raw copy, scaled": seconds / share} | told, "bytes": int(moved / share)}
+
+
+def _copied(root: str, share: float, past: bool) -> tuple[float, int]:
+    """Seconds and bytes."""
+    import numpy as np
+
+    from talkoot.protocol.direct import BLOCK, PastCache, congruent
     from talkoot.server.aggregate import VersionDir
 
     directory = Path(root)
     old, new = VersionDir(directory / "v0"), VersionDir(directory / "v1")
-    block = bytearray(4 << 20)
+    room = np.empty((4 << 20) + BLOCK, dtype=np.uint8)
+    block = congruent(room, 4 << 20, 0 if past else 1)  # at 1 nothing fits: the usual way
     moved, began = 0, time.perf_counter()
-    with old.published.open("rb", buffering=0) as file:
-        for _ in range(int(share * old.published.stat().st_size / len(block))):
-            moved += file.readinto(block) or 0
+    # Each way reads another end of the file, which the other one has not brought into the cache.
+    start = 0 if past else old.published.stat().st_size // 2 // BLOCK * BLOCK
+    with (
+        old.published.open("rb", buffering=0) as file,
+        PastCache(file.fileno(), os.O_RDONLY) as disk,
+    ):
+        for _ in range(int(share * old.published.stat().st_size / block.size)):
+            moved += disk.read(block, start + moved)
     written = sum(path.stat().st_size for path in (new.published, new.feedback_path))
     left = int(share * written)
     while left > 0:  # in files of 512 MiB, so that it takes little room
         target = directory / "raw"
-        with target.open("wb", buffering=0) as out:
-            for _ in range(min(128, -(-left // len(block)))):
-                out.write(block)
-                moved, left = moved + len(block), left - len(block)
+        with target.open("wb", buffering=0) as out, PastCache(out.fileno(), os.O_WRONLY) as disk:
+            for number in range(min(128, -(-left // block.size))):
+                disk.write(block, number * block.size)
+                moved, left = moved + block.size, left - block.size
             os.fsync(out.fileno())
         target.unlink()
-    seconds = time.perf_counter() - began
-    return {"stages": {"raw copy, scaled": seconds / share}, "bytes": int(moved / share)}
+    return time.perf_counter() - began, moved
 
 
 def apply(root: str, address: str, digest: str, size: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Final
 
 import numpy as np
@@ -151,8 +151,7 @@ class SectionPlan:
             return EncodedSection(b"", body, b"", b"")
         scales, gaps = self._lengths[number]
         layout = Layout.of(self.spans[number][1], self._spec)
-        cuts = [0, layout.table_size, scales, gaps, layout.codes_size]
-        cuts = np.cumsum(cuts).tolist()
+        cuts = accumulate([0, layout.table_size, scales, gaps, layout.codes_size])
         table, scale, gap, codes = (body[a:b] for a, b in pairwise(cuts))
         return EncodedSection(gaps=gap, codes=codes, scales=scale, table=table)
 
@@ -258,17 +257,19 @@ def decode_section(section: EncodedSection, elements: int, spec: CodecSpec) -> S
     chunks = layout.chunks
     scales = bits.decompress(section.scales, low=chunks, high=chunks, what="the scales")
     raw = bits.decompress(section.gaps, low=layout.entries, high=layout.gaps_cap, what="the gaps")
-    gaps = bits.decode_gaps(raw, layout.entries)
+    sums = bits.sums_of_gaps(raw, layout.entries)
     body, full = layout.full * layout.keep, layout.full
     parts = []
     if full:
         rows = (full, layout.keep)
         values = bits.values_of(scales[:full], table, codes[:body].reshape(rows), layout.bits)
-        parts.append(_placed(gaps[:body].reshape(rows), values, layout.chunk, 0))
+        parts.append(_placed(sums[:body].reshape(rows), values, layout.chunk, 0, 0))
     if layout.tail:
         rows = (1, layout.tail_keep)
         values = bits.values_of(scales[full:], table, codes[body:].reshape(rows), layout.bits)
-        parts.append(_placed(gaps[body:].reshape(rows), values, layout.tail, full * layout.chunk))
+        before = int(sums[body - 1]) if full else 0
+        origin = full * layout.chunk
+        parts.append(_placed(sums[body:].reshape(rows), values, layout.tail, origin, before))
     if len(parts) == 1:
         indices, found = parts[0]
     else:
@@ -278,15 +279,16 @@ def decode_section(section: EncodedSection, elements: int, spec: CodecSpec) -> S
 
 
 def _placed(
-    gaps: bits.I32, values: bits.F32, length: int, origin: int
+    sums: bits.I64, values: bits.F32, length: int, origin: int, before: int
 ) -> tuple[bits.I64, bits.F32]:
     """(n,) positions and values of those entries that were sent.
 
-    ``gaps``, ``values``: (chunks, keep), of chunks of ``length`` elements from ``origin`` on.
+    ``sums``, ``values``: (chunks, keep), of chunks of ``length`` elements from ``origin`` on;
+    ``before``: the sum that stands in front of the first.
     """
-    chunks, keep = gaps.shape
-    step = gaps + 1
-    local = np.cumsum(step, axis=1, dtype=np.int64)  # 1 more than the position
+    chunks, keep = sums.shape
+    starts = np.concatenate([[before], sums[:-1, -1]])
+    local = sums - starts[:, None]  # 1 more than the position
     sent = values != 0
     if int(local[:, -1].max()) > length:
         here = local <= length

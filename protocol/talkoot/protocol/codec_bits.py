@@ -159,16 +159,19 @@ def encode_gaps(gaps: I32) -> U8:
     return out
 
 
-def decode_gaps(raw: U8, entries: int) -> I32:
-    """Inverse of :func:`encode_gaps` for exactly ``entries`` gaps."""
-    if raw.size == entries and (entries == 0 or int(raw.max()) < ESCAPE):
-        return raw.astype(np.int32)
-    ends = np.flatnonzero(raw != ESCAPE)
-    if ends.size != entries or (entries > 0 and int(ends[-1]) != raw.size - 1):
-        raise malformed(f"the gaps do not hold {entries} indices")
-    escapes = np.diff(ends, prepend=-1) - 1
-    gaps: I32 = (raw[ends] + ESCAPE * escapes).astype(np.int32)
-    return gaps
+def sums_of_gaps(raw: U8, entries: int) -> I64:
+    """(entries,) for each of exactly ``entries`` gaps: the sum of all up to it, each with 1 added.
+
+    The inverse of :func:`encode_gaps`, and the first step from gaps to positions.
+    """
+    sums: I64 = np.cumsum(raw, dtype=np.int64)
+    if raw.size != entries or (entries > 0 and int(raw.max()) == ESCAPE):
+        ends = np.flatnonzero(raw != ESCAPE)
+        if ends.size != entries or (entries > 0 and int(ends[-1]) != raw.size - 1):
+            raise malformed(f"the gaps do not hold {entries} indices")
+        sums = np.take(sums, ends)
+    sums += np.arange(1, entries + 1)
+    return sums
 
 
 def pack_codes(codes: U8, bits: int) -> bytes:
@@ -199,7 +202,7 @@ def unpack_codes(packed: bytes, entries: int, bits: int) -> U8:
     if bits == 8:
         return raw
     if 8 % bits == 0:
-        return _lanes(bits)[raw].reshape(-1)[:entries]
+        return np.take(_lanes(bits), raw).view(np.uint8)[:entries]
     planes = np.unpackbits(raw, bitorder="little")
     weights = (1 << np.arange(bits)).astype(np.uint8)
     by_code = planes[: entries * bits].reshape(entries, bits) * weights
@@ -208,10 +211,11 @@ def unpack_codes(packed: bytes, entries: int, bits: int) -> U8:
 
 
 @cache
-def _lanes(bits: int) -> U8:
-    """(256, 8 / bits): the codes in each byte."""
+def _lanes(bits: int) -> npt.NDArray[Any]:
+    """(256,) the codes in each byte, a byte a code, as one integer."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    codes = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.view(f"u{shifts.size}").reshape(-1)
 
 
 @cache
@@ -250,9 +254,8 @@ def values_of(scales: U8, table: F32, codes: U8, bits: int) -> F32:
     magnitude = (scale * levels).astype(np.float32)  # (chunks, levels)
     magnitude[magnitude < SMALLEST_NORMAL] = 0.0
     each = np.concatenate([magnitude, -magnitude], axis=1).reshape(-1)
-    rows = np.arange(0, chunks << bits, 1 << bits, dtype=np.int32)[:, None]
-    values: F32 = each[rows + codes]
-    return values
+    rows = np.arange(0, chunks << bits, 1 << bits)[:, None]
+    return np.take(each, rows + codes)
 
 
 @cache

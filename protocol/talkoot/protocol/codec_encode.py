@@ -101,37 +101,37 @@ def select_on_host(rows: bits.F32, keep: int) -> _Chosen:
     else:
         mask = magnitude > 0
     flat = np.flatnonzero(mask)
-    row = flat // length
-    counts = np.bincount(row, minlength=number)
-    found = magnitude.reshape(-1)[flat]
+    ends = np.searchsorted(flat, np.arange(number + 1) * length)
+    counts = np.diff(ends)
     if int(counts.max(initial=0)) > keep:
-        kept = _largest(found, row, counts, keep)
-        flat, row = flat[kept], row[kept]
+        found = np.take(magnitude.reshape(-1), flat)
+        flat = np.take(flat, _largest(found, ends, keep))
         counts = np.minimum(counts, keep)
-    local = (flat - row * length).astype(np.int32)
-    return _Chosen(length, keep, local, rows.reshape(-1)[flat], counts)
+    local = flat - np.repeat(np.arange(number) * length, counts)
+    return _Chosen(length, keep, local.astype(np.int32), np.take(rows.reshape(-1), flat), counts)
 
 
-def _largest(found: bits.F32, row: bits.I64, counts: bits.I64, keep: int) -> bits.Bools:
+def _largest(found: bits.F32, ends: bits.I64, keep: int) -> bits.I64:
     """Which of the candidates are the ``keep`` largest of their row, the first of equal ones.
 
-    ``found``: (n,) magnitudes by row; ``counts``: how many each row has.
+    ``found``: (n,) magnitudes by row; ``ends``: (rows + 1,) where the rows begin and the last ends.
     """
-    starts = np.cumsum(counts) - counts
+    counts = np.diff(ends)
     table = np.zeros((counts.size, int(counts.max())), dtype=np.float32)
-    table[row, np.arange(found.size) - starts[row]] = found
+    table[np.arange(table.shape[1]) < counts[:, None]] = found
     cut = table.shape[1] - keep
-    threshold = np.partition(table, cut, axis=1)[:, cut]  # 0 in rows with fewer than keep
-    least = threshold[row]
-    kept: bits.Bools = found >= least
-    surplus = np.bincount(row[kept], minlength=counts.size) - keep
-    if (surplus > 0).any():
-        ties = np.flatnonzero((found == least) & (surplus > 0)[row])
-        tied = row[ties]
-        per_row = np.bincount(tied, minlength=counts.size)
-        rank = np.arange(ties.size) - (np.cumsum(per_row) - per_row)[tied]
-        kept[ties[rank >= (per_row - surplus)[tied]]] = False
-    return kept
+    table.partition(cut, axis=1)
+    least = np.repeat(table[:, cut], counts)  # 0 in rows with fewer than keep
+    mask = found >= least
+    kept = np.flatnonzero(mask)
+    surplus = np.diff(np.searchsorted(kept, ends)) - np.minimum(counts, keep)  # none below 0
+    if not surplus.any():
+        return kept
+    ties = np.flatnonzero(found == least)
+    first = np.searchsorted(ties, ends[1:]) - surplus  # of a row's ties that are too many
+    inside = np.arange(surplus.sum()) - np.repeat(np.cumsum(surplus) - surplus, surplus)
+    mask[ties[np.repeat(first, surplus) + inside]] = False
+    return np.flatnonzero(mask)
 
 
 def select_on_device(rows: Tensor, keep: int) -> _Chosen:
@@ -166,18 +166,18 @@ def _quantize(parts: list[_Chosen], layout: Layout) -> Coded:
     local = np.concatenate([part.local for part in parts])
     counts = np.concatenate([part.counts for part in parts])  # (chunks,)
     scales, scale, base = _scales(values, counts)
-    row = np.repeat(np.arange(counts.size, dtype=np.int32), counts)
-    magnitude = np.abs(values) * (1 / scale).astype(np.float32)[row]
+    magnitude = np.abs(values)
+    magnitude *= np.repeat((1 / scale).astype(np.float32), counts)
     count = 1 << (layout.bits - 1)
-    fit = magnitude[magnitude > 0]
+    fit = magnitude if magnitude.all() else magnitude[magnitude > 0]
     levels = bits.fit_levels(fit, count) if fit.size else np.zeros(count)
     edges = bits.cell_edges(levels).astype(np.float32) if fit.size else np.full(count, np.inf)
     cells = _cells(magnitude, edges)  # 0: nearer to nothing
     table = np.minimum(levels * base, MAX_MAGNITUDE).astype(np.float32)
     if not cells.all():
         sent = np.flatnonzero(cells)
-        values, local, row, cells = values[sent], local[sent], row[sent], cells[sent]
-        counts = np.bincount(row, minlength=counts.size)
+        values, local, cells = values[sent], local[sent], cells[sent]
+        counts = np.bincount(np.repeat(np.arange(counts.size), counts)[sent], minlength=counts.size)
     codes = (cells - np.uint8(1)) | (np.signbit(values).view(np.uint8) << np.uint8(layout.bits - 1))
     gaps, slots = [], []
     first, taken = 0, 0
@@ -189,7 +189,7 @@ def _quantize(parts: list[_Chosen], layout: Layout) -> Coded:
         gaps.append(made[0])
         slots.append(made[1])
         first, taken = first + rows.size, taken + size
-    indices, read = _as_read(local, codes, row, scales, table, layout)
+    indices, read = _as_read(local, codes, counts, scales, table, layout)
     return Coded(
         gaps=bits.compress(bits.encode_gaps(np.concatenate(gaps)).tobytes()),
         codes=bits.pack_codes(np.concatenate(slots), layout.bits),
@@ -256,14 +256,20 @@ def _fill(
 def _as_read(
     local: bits.I32,
     codes: bits.U8,
-    row: bits.I32,
+    counts: bits.I64,
     scales: bits.U8,
     table: bits.F32,
     layout: Layout,
 ) -> tuple[bits.I64, bits.F32]:
     """Positions and values as ``decode_section`` finds them."""
-    values = bits.values_of(scales[row], table, codes[:, None], layout.bits).reshape(-1)
-    indices = row.astype(np.int64) * layout.chunk + local
+    if codes.size == counts.size * layout.keep:  # every chunk is full
+        shaped = codes.reshape(-1, layout.keep)
+        values = bits.values_of(scales, table, shaped, layout.bits).reshape(-1)
+    else:
+        each = np.repeat(scales, counts)
+        values = bits.values_of(each, table, codes[:, None], layout.bits).reshape(-1)
+    indices = np.repeat(np.arange(counts.size) * layout.chunk, counts)
+    indices += local
     if not values.all():
         sent = np.flatnonzero(values)
         indices, values = indices[sent], values[sent]

@@ -227,9 +227,9 @@ def add_sparse_(flat: Tensor, update: SparseTensor) -> tuple[Tensor, Tensor]:
     element that was sent, hence the same bits everywhere. Returns the elements that were sent to,
     before and after.
     """
-    before = flat[update.indices]
+    before = flat.index_select(0, update.indices)
     after = (before.float() + update.values).to(flat.dtype)
-    flat[update.indices] = after
+    flat.index_copy_(0, update.indices, after)
     return before, after
 
 

@@ -283,14 +283,14 @@ class Closing:
         lack: the rounding of what was sent, and a share of what was not."""
         spec = work.job.spec
         published = torch.from_numpy(work.published).view(_DTYPES[spec.dtype])
-        before, after = add_sparse_(published, sent)
-        if not bool(torch.isfinite(after).all()):
+        old, new = (some.float() for some in add_sparse_(published, sent))
+        if not np.isfinite(new.numpy()).all():
             raise _not_finite(spec.name)
         lacking = torch.from_numpy(work.lacking)
-        rounding = lacking[sent.indices] - (after.float() - before.float())
+        rounding = lacking.index_select(0, sent.indices) - (new - old)
         if self._outer.feedback_decay < 1:
             lacking *= self._outer.feedback_decay
-        lacking[sent.indices] = rounding
+        lacking.scatter_(0, sent.indices, rounding)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -312,7 +312,8 @@ def mean_into(
         indices = sparse.indices.numpy()
         np.add.at(total, indices, sparse.values.numpy() * np.float32(weight * factor))
         np.add.at(weights, indices, np.float32(weight))
-    np.maximum(weights, np.finfo(np.float32).tiny, out=weights)  # where it is 0, so is the total
+    # Where nobody sent anything both are 0, and what they are divided by may be anything.
+    torch.from_numpy(weights).clamp_(min=torch.finfo(torch.float32).tiny)
     np.divide(total, weights, out=total)
     return total
 
