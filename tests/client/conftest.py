@@ -167,6 +167,7 @@ def _make_run(root: Path, inner: InnerSpec, uplink: CodecSpec, downlink: CodecSp
         inner=inner,
         uplink=uplink,
         downlink=downlink,
+        feedback_start=0.5,
     )
     return RunFiles(root, spec, manifest, corpus, root / "weights.safetensors", digest, blocks)
 

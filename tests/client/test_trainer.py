@@ -236,12 +236,40 @@ def test_what_is_sent_and_what_is_kept_add_up_to_the_pseudo_gradient(
     for name, parameter in trainer._replica.weights():
         sent = payload.decode(name).to_dense(parameter.numel()).reshape(parameter.shape)
         carried = run.spec.feedback_decay * kept[name]
+        start = base.get(name) - run.spec.feedback_start * kept[name]
         torch.testing.assert_close(
             sent + kept_now[name],
-            base.get(name) - parameter.detach() + carried,
+            start - parameter.detach() + carried,
             rtol=1e-6,
             atol=1e-8,
         )
+
+
+def test_a_lease_starts_from_part_of_what_its_node_has_not_sent(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    # At the end of its schedule the rate is 0: what a lease ends with is what it started from.
+    inner = InnerSpec(final_learning_rate_ratio=0.0, total_tokens=1000)
+    run = make_run(inner=inner)
+    trainer = synced(run, tmp_path / "work")
+    task, blocks = run.task(range(4))
+    trainer.train(task, blocks)
+    trainer.settle(task.lease.lease_id, accepted=True)
+    held = feedback_of(trainer, run)
+    assert any(bool(kept.abs().max() > 0) for kept in held.values())
+    task, blocks = run.task(range(4, 8), round_number=2, tokens_before=1000)
+    trainer.train(task, blocks)
+    base = WeightsReader(run.weights, run.manifest)
+    assert trainer._replica is not None
+    for name, weight in trainer._replica.weights():
+        start = base.get(name) - run.spec.feedback_start * held[name]
+        torch.testing.assert_close(weight.detach(), start)
+    trainer.settle(task.lease.lease_id, accepted=True)
+
+    task, blocks = run.task(range(8, 12), round_number=3, tokens_before=2000)
+    trainer.train(task.model_copy(update={"fresh_state": True}), blocks)
+    for name, weight in trainer._replica.weights():  # one that others can replay
+        torch.testing.assert_close(weight.detach(), base.get(name))
 
 
 def test_a_lease_with_fresh_state_is_the_same_whatever_its_node_did_before(

@@ -51,6 +51,15 @@ def test_a_run_that_was_made_before_there_was_a_choice_follows_its_cosine() -> N
     assert learning_rate(InnerSpec(**written), 6000) == pytest.approx(0.55e-3)
 
 
+@given(st.integers(0, 20_000), st.integers(0, 20_000), st.sampled_from(["cosine", "wsd"]))
+def test_a_run_whose_first_version_was_trained_before_goes_on_in_the_middle_of_its_schedule(
+    start: int, tokens: int, kind: str
+) -> None:
+    whole = SPEC.model_copy(update={"schedule": kind})
+    later = whole.model_copy(update={"start_tokens": start})
+    assert learning_rate(later, tokens) == learning_rate(whole, start + tokens)
+
+
 def test_without_a_total_the_rate_stays_at_its_peak() -> None:
     assert learning_rate(InnerSpec(learning_rate=3e-4), 0) == 3e-4
     assert learning_rate(InnerSpec(learning_rate=3e-4), 10**12) == 3e-4

@@ -21,7 +21,7 @@ from talkoot.sims.parity.command import parity_options
 from talkoot.sims.parity.options import Arm, ParityOptions, base_config, horizons, parse_arm
 from talkoot.sims.parity.report import draw, page, print_parity, rows
 from talkoot.sims.parity.result import Curve, Measured, Point, summarise
-from talkoot.sims.parity.run import profiles, run_parity
+from talkoot.sims.parity.run import make_worlds, profiles, run_parity
 from talkoot.sims.report_plot import LIGHT
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -176,6 +176,29 @@ def test_an_arm_that_was_killed_goes_on_from_its_last_round_and_ends_the_same(
     assert [line.split(",")[1] for line in said] == [" seed 0: round 2"]
     assert again[0].curves["net"].points == whole[0].curves["net"].points
     assert again[0].curves["net"].bits_up == whole[0].curves["net"].bits_up
+
+
+def test_a_network_that_was_warmed_up_begins_where_the_measures_are_by_then(
+    tmp_path: Path,
+) -> None:
+    # Rounds 1 and 2 of the schedule are the coordinator's: 2 leases' worth of steps.
+    arm = "name=warm,warm_up.tokens=256,inner.warmup_tokens=512"
+    cold, warm = run_parity(
+        options(tmp_path, "inner.warmup_tokens=512", arm, rounds=3), lambda _: None
+    )
+    opts = options(tmp_path, arm, rounds=3)
+    assert opts.horizons == (1, 2, 3)
+    net, one = warm.curves["net"], warm.curves["one"]
+    assert [p.tokens for p in net.points] == [p.tokens for p in one.points]
+    assert len(net.bits_up) == 1
+    assert len(cold.curves["net"].bits_up) == 3
+    assert cold.curves["one"] == one
+    assert cold.curves["ddp"] == warm.curves["ddp"]
+    world = make_worlds(opts, opts.arms[0], 0)[1]
+    assert [p.loss for p in net.points[:2]] == list(world.before)
+    assert world.spec().inner.start_tokens == 512
+    with pytest.raises(ConfigError, match="begins when all 2 rounds are over"):
+        options(tmp_path, arm, rounds=2)
 
 
 def test_unequal_nodes_are_compared_at_equal_tokens(tmp_path: Path) -> None:

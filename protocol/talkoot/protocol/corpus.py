@@ -140,6 +140,13 @@ def read_manifest(directory: Path) -> CorpusManifest:
     return manifest
 
 
+def read_block(directory: Path, manifest: CorpusManifest, number: int) -> Tokens:
+    """(block_tokens,) ids of a block of a corpus on disk, in memory of their own."""
+    raw = np.memmap(directory / TOKENS, dtype=f"<u{manifest.item_bytes}", mode="r")
+    ids: Tokens = np.array(raw[number * manifest.block_tokens :][: manifest.block_tokens])
+    return ids
+
+
 # The coordinator's side ----------------------------------------------------------------------
 
 

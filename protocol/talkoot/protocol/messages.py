@@ -119,6 +119,9 @@ class InnerSpec(Message):
     """Of the whole network; linear from zero."""
     total_tokens: Count = 0
     """When the rate reaches its final ratio, in tokens of the whole network; 0: a constant rate."""
+    start_tokens: Count = 0
+    """Where of this schedule version 0 stands: what it was trained on before there was a network,
+    by the coordinator (``[warm_up]``) or elsewhere."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """From warm-up to ``total_tokens``: half a cosine, or warm-up, stable, decay: the peak until
     the last ``decay_share`` of the tokens, and a straight line down over those."""
@@ -180,6 +183,9 @@ class RunSpec(Message):
     downlink: CodecSpec
     feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Decay of the node's error feedback (SparseLoCo, arXiv 2508.15706, algorithm 1)."""
+    feedback_start: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of its error feedback that a node takes off the published weights before it trains
+    (ADR 26): it goes on from part of what it has found and not sent, and does not find it again."""
     seed: Count = 0
     adapter: AdapterSpec | None = None
     """None: all parameters are trained. Else the manifest lists the adapters alone."""

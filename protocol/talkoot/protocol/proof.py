@@ -112,7 +112,7 @@ def proof_steps(
     chosen = reference(adapter is not None) if recipe is None else recipe
     seed = proof_seed(nonce)
     replica = new_replica(config, chosen, inner, seed=seed, device=device, adapter=adapter)
-    rate = learning_rate(inner, inner.warmup_tokens)
+    rate = learning_rate(inner, max(0, inner.warmup_tokens - inner.start_tokens))
     before = _sketch(replica.weights(), seed)
     for batch in tokens:
         yield replica.step(torch.from_numpy(batch).to(device), rate)

@@ -12,7 +12,7 @@ from talkoot.protocol.messages import InnerSpec
 
 
 def learning_rate(spec: InnerSpec, tokens: float) -> float:
-    """The rate at ``tokens`` tokens of the whole network.
+    """The rate at ``tokens`` tokens of the whole network, after the ``start_tokens`` of version 0.
 
     Linear from zero over ``warmup_tokens``, then down to ``learning_rate *
     final_learning_rate_ratio`` at ``total_tokens``, and that value from there on: by half a cosine
@@ -22,6 +22,7 @@ def learning_rate(spec: InnerSpec, tokens: float) -> float:
     ever.
     """
     peak = spec.learning_rate
+    tokens += spec.start_tokens
     if tokens < spec.warmup_tokens:
         return peak * max(tokens, 0.0) / spec.warmup_tokens
     if spec.total_tokens == 0:

@@ -216,6 +216,19 @@ class BeliefSection(_Section):
     ones still count for their nodes."""
 
 
+class WarmUpSection(_Section):
+    """Version 0 trained by the coordinator itself, in ``init``. The first steps of a model move all
+    of it, which a few values a round cannot tell: a young network is behind one node alone."""
+
+    tokens: Annotated[int, Field(ge=0, le=2**40)] = 0
+    """To train on, while the inner rate rises from 0 to its peak; the network then begins at the
+    end of ``inner.warmup_tokens``. 0: version 0 is the model as it is."""
+    recipe: str = "fp32-adamw"
+    """How the model is held meanwhile (recipes.md)."""
+    device: str = "cpu"
+    """A torch device of the coordinator's machine."""
+
+
 class EvaluationSection(_Section):
     """Held-out loss of published versions, measured beside the rounds at the lowest priority."""
 
@@ -271,11 +284,15 @@ class Config(_Section):
     corpus: CorpusSection = CorpusSection()
     round: RoundSection = RoundSection()
     inner: InnerSpec = InnerSpec()
+    warm_up: WarmUpSection = WarmUpSection()
     outer: OuterSpec = OuterSpec()
     uplink: CodecSpec = CodecSpec()
     downlink: DownlinkSection = DownlinkSection()
-    feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.8
+    feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Of what a node did not send, from round to round (its error feedback)."""
+    feedback_start: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of its error feedback that a node takes off the published weights before it trains. It
+    goes on from part of what it has found and not sent, and does not find it again."""
     network: NetworkSection = NetworkSection()
     admission: AdmissionSection = AdmissionSection()
     aggregation: AggregationSpec = AggregationSpec()
@@ -296,6 +313,11 @@ class Config(_Section):
             raise ValueError(
                 "adapter.rank is set and model.pretrained is not: adapters are trained beside the "
                 "weights of a pretrained model; name its directory"
+            )
+        if self.warm_up.tokens and self.adapter.rank:
+            raise ValueError(
+                "warm_up.tokens and adapter.rank are both set: adapters begin beside trained "
+                "weights and need no warm-up; leave warm_up.tokens out"
             )
         if self.round.tokens_per_node > limits.MAX_LEASE_BLOCKS * self.corpus.block_tokens:
             raise ValueError(
@@ -366,6 +388,14 @@ def override_config(config: Config, values: Mapping[str, object]) -> Config:
         return Config.model_validate(data)
     except ValidationError as err:
         raise ConfigError(_sentence(err, ", ".join(values)) + ".") from err
+
+
+def begun(config: Config) -> InnerSpec:
+    """The run's inner optimizer, from where version 0 stands in the schedule."""
+    inner = config.inner
+    if not config.warm_up.tokens:
+        return inner
+    return inner.model_copy(update={"start_tokens": max(inner.start_tokens, inner.warmup_tokens)})
 
 
 def load_config(path: Path) -> Config:

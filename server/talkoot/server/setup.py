@@ -27,7 +27,7 @@ from talkoot.protocol.messages import (
     canonical_bytes,
 )
 from talkoot.server.ca import CertificateAuthority
-from talkoot.server.config import Config, NetworkSection, dump_config
+from talkoot.server.config import Config, NetworkSection, begun, dump_config
 from talkoot.server.coordinator import note
 from talkoot.server.ledger import Ledger
 from talkoot.server.ledger.schema import Run, Version
@@ -83,6 +83,7 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
     from talkoot.server.aggregate import VersionDir, initial_state
     from talkoot.server.conductor import link_checkpoint
     from talkoot.server.corpus import build_corpus
+    from talkoot.server.warm_up import warm_up
 
     say("Keys and certificate authority …")
     made = datetime.fromtimestamp(identity.made_unix, UTC)
@@ -121,11 +122,6 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
         say(f"  base {adapter.base.digest[:12]}, {adapter.base.size_bytes:,} bytes")
     named = dict(named_trainable(model))
     manifest = manifest_of(named.items())
-    directory = "v00000000"
-    first = VersionDir(state.versions / directory)
-    digest = initial_state(manifest, get or (lambda name: named[name].detach()), first.path)
-    checkpoint = link_checkpoint(store, first)
-
     spec = RunSpec(
         run_id=run_id,
         model=store.put_bytes(config_bytes(model_config)),
@@ -134,13 +130,22 @@ def _fill(state: StateDir, config: Config, say: Say, identity: Identity) -> str:
         parameters=manifest.parameters,
         sequence_length=config.model.sequence_length,
         micro_batch=config.model.micro_batch,
-        inner=config.inner,
+        inner=begun(config),
         uplink=config.uplink,
         downlink=CodecSpec(**config.downlink.model_dump()),
         feedback_decay=config.feedback_decay,
+        feedback_start=config.feedback_start,
         seed=config.run.seed,
         adapter=adapter,
     )
+    get = get or (lambda name: named[name].detach())
+    if config.warm_up.tokens:
+        at = (state.corpus, corpus)
+        get = warm_up(model_config, get, config, spec, at, say=say).__getitem__
+    directory = "v00000000"
+    first = VersionDir(state.versions / directory)
+    digest = initial_state(manifest, get, first.path)
+    checkpoint = link_checkpoint(store, first)
     signed = key.sign("RunSpec", canonical_bytes(spec))
 
     ledger = Ledger(Ledger.url_at(state.root, config.ledger.url))

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from talkoot.client.trainer.falls import is_out_of_memory
 from talkoot.client.trainer.mend import believable
 from talkoot.client.trainer.tensors import bytes_of, load_tensors, open_tensors, save_tensors
@@ -92,6 +94,30 @@ class _Progressor:
         )
 
 
+class _Start:
+    """The weights that a lease starts from, tensor by tensor: the published ones, less a share of
+    the node's error feedback (ADR 26). A lease with fresh state starts from what all have."""
+
+    def __init__(self, job: LeaseJob) -> None:
+        work, feedback = job.work, job.work.state.feedback
+        self._published = WeightsReader(work.path(job.base.file), job.manifest)
+        self._feedback: WeightsReader | None = None
+        if feedback is not None:
+            self._feedback = WeightsReader(work.path(feedback), job.manifest.as_float32())
+        self._share = 0.0 if job.task.fresh_state else job.spec.feedback_start
+
+    def feedback(self, name: str) -> Tensor | None:
+        """fp32, in the manifest's shape; None before the first lease is done."""
+        return None if self._feedback is None else self._feedback.get(name)
+
+    def get(self, name: str) -> Tensor:
+        """In the manifest's shape, on the CPU; fp32 where feedback was taken off."""
+        published = self._published.get(name)
+        if self._feedback is None or self._share == 0.0:
+            return published
+        return published.float().sub_(self._feedback.get(name), alpha=self._share)
+
+
 def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Checkpoint:
     """All inner steps; returns the checkpoint of the last one, which is on disk."""
     task, sequences, replica = job.task, job.sequences, job.replica
@@ -106,7 +132,7 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
         job.work.drop_checkpoint()
         checkpoint = None
     if checkpoint is None:
-        replica.load_weights(WeightsReader(job.work.path(job.base.file), job.manifest).get)
+        replica.load_weights(_Start(job).get)
     else:
         local = job.work.path(checkpoint.local)
         # Whatever recipe has written it: all have the same tensors, in fp32 or bf16.
@@ -219,12 +245,7 @@ def _encode(job: LeaseJob, checkpoint: Checkpoint) -> LeaseResult:
     same bytes.
     """
     work, lease_id = job.work, job.task.lease.lease_id
-    published = WeightsReader(work.path(job.base.file), job.manifest)
-    before = (
-        WeightsReader(work.path(work.state.feedback), job.manifest.as_float32())
-        if work.state.feedback is not None
-        else None
-    )
+    start = _Start(job)
     work.require_room(4 * job.manifest.parameters)
     feedback = work.fresh("feedback")
     payload = work.payload_path(lease_id)
@@ -234,9 +255,10 @@ def _encode(job: LeaseJob, checkpoint: Checkpoint) -> LeaseResult:
         def encoded() -> Iterator[tuple[str, EncodedTensor]]:
             for name, weight in job.replica.weights():
                 device = weight.device
-                loaded = job.replica.as_loaded(published.get(name).to(device))
+                loaded = job.replica.as_loaded(start.get(name).to(device))
                 delta = loaded.float() - weight.float()
-                held = before.get(name).to(device) if before is not None else None
+                held = start.feedback(name)
+                held = None if held is None else held.to(device)
                 fresh = job.task.fresh_state
                 carried = None if fresh else held
                 sent, kept = encode_with_feedback(

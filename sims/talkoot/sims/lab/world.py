@@ -9,31 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from talkoot.protocol.corpus import (
     MANIFEST,
-    TOKENS,
     CorpusManifest,
     Tokens,
     load_heldout,
+    read_block,
     read_manifest,
 )
 from talkoot.protocol.errors import ConfigError
 from talkoot.protocol.manifest import Manifest, manifest_of
 from talkoot.protocol.messages import ArtifactRef, CodecSpec, RunSpec
 from talkoot.protocol.model import build_model, config_bytes, named_trainable
+from talkoot.protocol.replica import Replica
 from talkoot.protocol.tokenizer import load_tokenizer
-from talkoot.server.config import Config
+from talkoot.server.config import Config, begun
 from talkoot.server.corpus import build_corpus
-from talkoot.server.heldout import heldout_rows
+from talkoot.server.heldout import heldout_loss, heldout_rows
 from talkoot.server.setup import initial_model
+from talkoot.server.warm_up import warm_up
 
 RUN_ID = "lab"
 CORPUS_SEED = 0
@@ -57,10 +58,7 @@ class Shard:
 
     def block(self, number: int) -> Tokens:
         """(block_tokens,) ids of one block, in memory of their own."""
-        manifest = self.manifest
-        raw = np.memmap(self.directory / TOKENS, dtype=f"<u{manifest.item_bytes}", mode="r")
-        ids: Tokens = np.array(raw[number * manifest.block_tokens :][: manifest.block_tokens])
-        return ids
+        return read_block(self.directory, self.manifest, number)
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,8 @@ class World:
     """Version 0, by name."""
     heldout: Tensor
     """(sequences, sequence_length) int64: the held-out text that losses are measured on."""
+    before: tuple[float, ...] = ()
+    """Held-out losses while version 0 was trained (``[warm_up]``), after each lease's worth."""
 
     def spec(self, shard: int = 0) -> RunSpec:
         """The run as a node of ``shard`` is told of it."""
@@ -90,10 +90,11 @@ class World:
             parameters=self.manifest.parameters,
             sequence_length=config.model.sequence_length,
             micro_batch=config.model.micro_batch,
-            inner=config.inner,
+            inner=begun(config),
             uplink=config.uplink,
             downlink=CodecSpec(**config.downlink.model_dump()),
             feedback_decay=config.feedback_decay,
+            feedback_start=config.feedback_start,
             seed=config.run.seed,
         )
 
@@ -139,7 +140,7 @@ def make_world(
         heldout_rows(load_heldout(s.directory, s.manifest), length, heldout_tokens // len(measured))
         for s in measured
     ]
-    return World(
+    world = World(
         config=config,
         shards=shards,
         model_config=model_config,
@@ -147,6 +148,26 @@ def make_world(
         initial=initial,
         heldout=torch.cat(rows),
     )
+    return _warmed_up(world) if config.warm_up.tokens else world
+
+
+def _warmed_up(world: World) -> World:
+    """The same with version 0 trained as ``init`` does it."""
+    losses: list[float] = []
+
+    def after(replica: Replica) -> None:
+        losses.append(heldout_loss(replica.model, world.heldout))
+
+    weights = warm_up(
+        world.model_config,
+        world.initial.__getitem__,
+        world.config,
+        world.spec(),
+        (world.shards[0].directory, world.shards[0].manifest),
+        say=lambda _: None,
+        after=after,
+    )
+    return replace(world, initial=weights, before=tuple(losses))
 
 
 def make_corpus(config: Config, cache: Path, sources: Sequence[str] | None = None) -> Path:

@@ -12,7 +12,7 @@ from talkoot.server.config import load_config, override_config
 from talkoot.sims.parity.options import Arm, ParityOptions, base_config, parse_arm
 from talkoot.sims.pretrained import smollm2_directory
 
-LEARNING_RATES = {"nano": 4e-3, "tiny": 3e-3, "small": 2e-3}
+LEARNING_RATES = {"nano": 6e-3, "tiny": 3e-3, "small": 2e-3}
 """Inner peaks that suit the data-parallel measure and one node alike."""
 FINE_TUNING_RATE = 5e-5
 PACKAGED_TEXTS = {

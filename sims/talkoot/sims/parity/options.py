@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from talkoot.protocol.errors import ConfigError
 from talkoot.protocol.messages import Message
-from talkoot.server.config import Config, override_config
+from talkoot.server.config import Config, begun, override_config
 
 Kind = Literal["one", "ddp", "net"]
 
@@ -104,7 +104,12 @@ class ParityOptions:
         if not self.arms or len({arm.name for arm in self.arms}) != len(self.arms):
             raise ConfigError("Parity needs at least one arm, and arms need different names.")
         for arm in self.arms:
-            arm.config(self.base, self.seeds[0])  # a bad key is told before hours of work
+            config = arm.config(self.base, self.seeds[0])  # a bad key is told before hours of work
+            if begun(config).start_tokens >= self.rounds * self.round_tokens:
+                raise ConfigError(
+                    f"The arm {arm.name!r} begins when all {self.rounds} rounds are over: choose "
+                    "more rounds, or smaller inner.start_tokens and inner.warmup_tokens."
+                )
 
     @cached_property
     def round_tokens(self) -> int:
@@ -124,7 +129,8 @@ class ParityOptions:
         content["heldout"] = self.heldout_tokens
         content["round_tokens"] = self.base.round.tokens_per_node
         if kind == "net":
-            read += ["round", "outer", "uplink", "downlink", "feedback_decay"]
+            read += ["round", "outer", "uplink", "downlink", "warm_up"]
+            read += ["feedback_decay", "feedback_start"]
             content["profile"] = arm.nodes.model_dump(mode="json")
         content["config"] = {key: config[key] for key in read if key in config}
         content["config"]["run"] = {"seed": seed}
@@ -154,7 +160,8 @@ def base_config(
     """The configuration that is compared when no file is given.
 
     One block is one batch, so that every node makes exactly ``steps`` inner steps a round. Warm-up
-    over the first twentieth, then a cosine to a tenth of the peak at the end.
+    over the first twentieth, then a cosine to a tenth of the peak at the end. Version 0 of a new
+    model is warmed up for as many steps as a node makes in that time.
     """
     total = nodes * rounds * steps * batch * length
     values: dict[str, Any] = {
@@ -168,6 +175,8 @@ def base_config(
             "total_tokens": total,
         },
     }
+    if "pretrained" not in model:
+        values["warm_up"] = {"tokens": rounds // 20 * steps * batch * length}
     if tokenizer is not None:
         values["tokenizer"] = {"kind": "hf", "path": tokenizer}
     try:

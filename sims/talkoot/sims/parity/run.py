@@ -17,6 +17,7 @@ import torch
 
 from talkoot.protocol.errors import ConfigError
 from talkoot.protocol.files import DirectoryLock, write_atomic
+from talkoot.server.config import override_config
 from talkoot.sims.lab.baseline import Baseline
 from talkoot.sims.lab.behaviour import NodeProfile
 from talkoot.sims.lab.network import Lab
@@ -66,14 +67,17 @@ def _curve(options: ParityOptions, kind: Kind, arm: Arm, seed: int, say: Say) ->
 
 
 def make_worlds(options: ParityOptions, arm: Arm, seed: int) -> tuple[World, World]:
-    """The world of the measures and the arm's own: another one when nodes have their own text."""
+    """The world of the measures and the arm's own: another one when version 0 is warmed up, or when
+    nodes have their own text."""
     config = arm.config(options.base, seed)
     cache = options.out / "corpora"
     mixed = make_corpus(config, cache)
     tokens = options.heldout_tokens
-    world = make_world(config, [mixed], heldout_tokens=tokens)
+    cold = override_config(config, {"warm_up.tokens": 0})
+    world = make_world(cold, [mixed], heldout_tokens=tokens)
     if not arm.nodes.own_text:
-        return world, world
+        warm = config.warm_up.tokens > 0
+        return world, make_world(config, [mixed], heldout_tokens=tokens) if warm else world
     sources = config.corpus.sources
     if len(sources) < 2:
         raise ConfigError("nodes.own_text needs a corpus of at least two sources.")
@@ -115,6 +119,9 @@ class _Work:
         self._say = say
         measure, own = make_worlds(options, arm, seed)
         self._parameters = own.manifest.parameters
+        self._before = own.before if kind == "net" else ()
+        self._start = own.spec().inner.start_tokens if kind == "net" else 0
+        """Tokens of the schedule that passed before the network's first round."""
         self._runner: Lab | Baseline
         if kind == "net":
             self._runner = Lab(own, profiles(options, arm), work)
@@ -130,15 +137,17 @@ class _Work:
         """To the last horizon."""
         options, runner = self._options, self._runner
         for horizon in options.horizons:
-            due = horizon * options.round_tokens
+            due = horizon * options.round_tokens - self._start
             while runner.tokens < due:
                 self._round()
             if horizon not in self._points:
-                point = Point(horizon, runner.tokens, runner.heldout_loss())
+                early = due < 0 and horizon <= len(self._before)  # while version 0 was trained
+                loss = self._before[horizon - 1] if early else runner.heldout_loss()
+                point = Point(horizon, self._start + (due if early else runner.tokens), loss)
                 self._points[horizon] = point
                 self._note({"point": point.to_json()})
                 self._say(
-                    f"{self._name}: round {runner.round}, {runner.tokens:,} tokens, held-out loss "
+                    f"{self._name}: round {runner.round}, {point.tokens:,} tokens, held-out loss "
                     f"{point.loss:.4f}"
                 )
         rounds = [self._rounds[number] for number in sorted(self._rounds)]
@@ -186,7 +195,7 @@ class _Work:
                 continue  # killed while it was written
             if "point" in note:
                 point = Point.from_json(note["point"])
-                if point.tokens <= self._runner.tokens:
+                if point.tokens <= self._start + self._runner.tokens:
                     self._points[point.horizon] = point
             elif note["round"] <= self._runner.round:
                 self._rounds[note["round"]] = note

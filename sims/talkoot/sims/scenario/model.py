@@ -74,8 +74,10 @@ class Rules(_Part):
     outer: OuterSpec = OuterSpec()
     uplink: CodecSpec = CodecSpec()
     downlink: DownlinkSection = DownlinkSection()
-    feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.8
+    feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Of what a node did not send, from round to round."""
+    feedback_start: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of it that a node starts from."""
     admission: AdmissionSection = AdmissionSection()
     aggregation: AggregationSpec = AggregationSpec()
     belief: BeliefSection = BeliefSection()
