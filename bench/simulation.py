@@ -140,7 +140,12 @@ def figures(found: RunResult, nodes: int, workers: int, work: Path) -> dict[str,
     wall = sum(machine["round_seconds"][number] for number in later)
     steps = sum(machine["step_seconds"][number] for number in later)
     busy = min(workers, os.cpu_count() or 1)
-    files = [path.stat() for path in (work / "nodes").rglob("*") if path.is_file()]
+    files = {  # what many nodes hold under a name of their own is there once
+        (stat.st_dev, stat.st_ino): stat.st_size
+        for path in (work / "nodes").rglob("*")
+        if path.is_file()
+        for stat in [path.stat()]
+    }
     return {
         "nodes": nodes,
         "workers": workers,
@@ -149,7 +154,7 @@ def figures(found: RunResult, nodes: int, workers: int, work: Path) -> dict[str,
         "step_seconds_a_lease": steps / len(later) / nodes,
         "overhead_of_bare_steps": wall * busy / steps - 1,
         "engine_peak_mib": machine["peak_rss_bytes"] / 2**20,
-        "disk_kib_per_node": sum(one.st_size for one in files) / nodes / 1024,
+        "disk_kib_per_node": sum(files.values()) / nodes / 1024,
         "weights_digest": found.weights_digest,
     }
 

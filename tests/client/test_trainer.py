@@ -77,6 +77,25 @@ def test_training_on_real_text_lowers_the_loss(make_run: MakeRun, tmp_path: Path
     assert reports[-1]["loss"] < result["loss"] < reports[0]["loss"]
 
 
+def test_a_replica_that_was_adopted_trains_as_one_that_was_synced(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    first, second = synced(run, tmp_path / "first"), opened(run, tmp_path / "second")
+    assert first.published is not None
+    assert second.adopt(*first.published)
+    assert second.published is not None
+    assert second.published[2].samefile(first.published[2])
+    task, blocks = run.task(range(2))
+    assert second.train(task, blocks)["digest"] == first.train(task, blocks)["digest"]
+
+
+def test_a_file_that_is_gone_is_not_adopted(make_run: MakeRun, tmp_path: Path) -> None:
+    trainer = opened(make_run(), tmp_path / "work")
+    assert not trainer.adopt(0, "0" * 64, tmp_path / "gone")
+    assert trainer.state()["version"] is None
+
+
 def test_a_partial_last_batch_is_trained_on_too(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
     spec = run.spec.model_copy(update={"micro_batch": 3})

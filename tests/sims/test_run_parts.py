@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from talkoot.protocol.errors import ConfigError, StateError
-from talkoot.protocol.messages import ArtifactRef, VersionRef
+from talkoot.protocol.errors import ConfigError, StateError, UnavailableError
+from talkoot.protocol.messages import ArtifactRef, Verdict, VersionRef
+from talkoot.server.flower import GridControl
 from talkoot.sims.attacks.kinds import KINDS, liars
 from talkoot.sims.cli import app
 from talkoot.sims.planning.fit import fits_of
@@ -26,6 +29,7 @@ from talkoot.sims.virtual.population import key_of, profiles
 from talkoot.sims.virtual.report import participation
 from talkoot.sims.virtual.site import EPOCH, config_of
 from talkoot.sims.virtual.timing import Course, Timing
+from talkoot.sims.virtual.work import WINDOW, Task, Work
 from talkoot.sims.virtual.world import ARRIVES, DEADLINE, TRAINED, Agenda, Held, NodeNow, World
 
 DAY = 86_400.0
@@ -135,6 +139,59 @@ def test_things_happen_in_the_order_of_time_kind_and_node(entries: list[tuple[in
     assert taken == sorted(
         (float(moment), kind, index) for index, (moment, kind) in enumerate(entries)
     )
+
+
+class Hands(GridControl):
+    """Flower's grid with workers that are done in the order that a test wants."""
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+        self.done: list[tuple[int, str | None]] = []
+
+    def send(self, tasks: Mapping[int, str], *, round_number: int, ttl_seconds: float) -> None:
+        self.sent += tasks
+
+    def replies(self) -> Iterable[tuple[int, str | None]]:
+        found, self.done = self.done, []
+        return found
+
+
+VERDICT = Verdict(accepted=True, code="made", sentence="Made.").model_dump_json()
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.randoms(use_true_random=False))
+def test_the_world_may_go_on_up_to_the_earliest_lease_at_work(
+    moments: list[float], random: Random
+) -> None:
+    hands = Hands()
+    work = Work(hands, 2, lambda: None)
+    made: list[int] = []
+    work.on_done = lambda index, verdict: made.append(index)
+    work.begin(Task(trained, index, 100 + index, 1, "") for index, trained in enumerate(moments))
+    left = dict(enumerate(moments))
+    while left:
+        assert work.earliest == min(left.values())
+        out = [number - 100 for number in hands.sent if number - 100 in left]
+        assert len(out) == min(len(left), 2 * WINDOW)
+        assert max(left[index] for index in out) <= min(
+            [left[index] for index in left if index not in out], default=math.inf
+        )
+        index = random.choice(out)
+        hands.done.append((100 + index, VERDICT))
+        work.wait_for(index)
+        assert made[-1] == index
+        del left[index]
+    assert work.earliest == math.inf
+    assert not work
+
+
+def test_a_worker_that_failed_ends_the_run_with_what_to_do() -> None:
+    hands = Hands()
+    work = Work(hands, 1, lambda: None)
+    work.begin([Task(1.0, 0, 100, 1, "")])
+    hands.done.append((100, None))
+    with pytest.raises(UnavailableError, match="fewer --workers"):
+        work.finish()
 
 
 def test_a_world_that_was_saved_is_the_same_when_it_is_loaded(tmp_path: Path) -> None:

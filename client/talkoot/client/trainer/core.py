@@ -340,6 +340,30 @@ class Trainer:
         )
         return _replica(work.state.published)
 
+    def adopt(self, version: int, weights_digest: str, path: Path) -> bool:
+        """Take a version's file from another directory of this run, as a second name for it.
+
+        For many nodes on one machine: who trusts the other directory as its own (its file had this
+        digest when it was made, and is never written to again) need not make the same bytes once
+        more. False, and nothing has changed: the file is gone, or on another disk.
+        """
+        work = self._opened.work
+        name = work.fresh("published")
+        try:
+            work.path(name).hardlink_to(path)
+        except OSError:
+            return False
+        published = Published(version=version, digest=weights_digest, file=name)
+        work.commit(work.state.model_copy(update={"published": published}))
+        return True
+
+    @property
+    def published(self) -> tuple[int, str, Path] | None:
+        """Version, weights digest and file of the replica on disk, as recorded."""
+        work = self._opened.work
+        held = work.state.published
+        return None if held is None else (held.version, held.digest, work.path(held.file))
+
     def _require(self, digest: str, version: int, target: str) -> None:
         if digest != target:
             raise IntegrityError(

@@ -1,8 +1,9 @@
 """The round loop's way to the nodes: the world says when, Flower's engine does the work.
 
 When the round loop waits, the world goes on to the next moment at which its answer could be
-another. Before that all leases are worked at whose training nothing can end any more; the others
-when their time has come, so that a node whose round was closed over its head has not trained.
+another. Leases whose training nothing can end any more are begun at once, and the world goes on
+beside them as far as none of them could change it (``work.py``); the others are worked at when
+their time has come, so that a node whose round was closed over its head has not trained.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from talkoot.sims.planning.sizes import PROOF_SECONDS
 from talkoot.sims.virtual.layout import ON_ITS_WAY, Layout, Profile
 from talkoot.sims.virtual.site import EPOCH, Site
 from talkoot.sims.virtual.timing import Course, Timing
-from talkoot.sims.virtual.work import TTL_SECONDS, Work
+from talkoot.sims.virtual.work import TTL_SECONDS, Task, Work
 from talkoot.sims.virtual.world import (
     ARRIVES,
     CAUGHT_UP,
@@ -75,6 +76,8 @@ class VirtualControl:
     ) -> None:
         self.world, self.site, self.timing = world, site, timing
         self._profiles, self._layout, self._work, self._say = profiles, layout, work, say
+        work.on_done = self._made
+        self._begun, self._done = 0, 0
         self._end = end
         self._news: list[tuple[int, str]] = []
         self._opened = (0, -1)
@@ -130,6 +133,8 @@ class VirtualControl:
 
     def _open(self, task: RoundTask) -> None:
         number, attempt = task.round, task.lease.attempt
+        self._work.finish()
+        self._begun = self._done = 0
         self._opened = number, attempt
         self._events.flush()
         self.world.save(number, attempt, {"events": self._events.tell()})
@@ -206,6 +211,7 @@ class VirtualControl:
         held = self.world.nodes[index].held
         if held is None or held.answer:
             return False
+        self._work.wait_for(index)
         if held.made:
             self._arrive(index, held)
         else:
@@ -214,38 +220,38 @@ class VirtualControl:
 
     # Work -----------------------------------------------------------------------------------------
 
-    def _make(self, indices: Sequence[int]) -> None:
-        """Have leases trained, honest nodes first: liars may look at what the others made."""
-        honest = [i for i in indices if not self._lies(i)]
-        for group in (honest, [i for i in indices if self._lies(i)]):
-            if group:
-                self._make_group(group)
+    def _begin(self, indices: Sequence[int]) -> None:
+        """Have leases trained, beside what else happens.
+
+        Liars may look at what honest nodes made, all of it and nothing more, whoever was faster on
+        this machine. With them, time stands still until all is made.
+        """
+        liars = [index for index in indices if self._lies(index)]
+        self._hand_over([index for index in indices if not self._lies(index)])
+        if liars:
+            self._work.finish()
+            self._hand_over(liars)
+            self._work.finish()
+
+    def _hand_over(self, indices: Sequence[int]) -> None:
+        self._begun += len(indices)
+        self._work.begin(
+            Task(held.trained, index, self.site.flower_ids[index], held.round, held.text)
+            for index in indices
+            for held in [self.world.nodes[index].held]
+            if held is not None
+        )
 
     def _lies(self, index: int) -> bool:
         profile = self._profiles[index]
         held = self.world.nodes[index].held
         return profile.attack is not None and held is not None and held.round >= profile.attack_from
 
-    def _make_group(self, indices: Sequence[int]) -> None:
-        world, done = self.world, 0
-        tasks = {}
-        for index in indices:
-            held = world.nodes[index].held
-            assert held is not None
-            tasks[self.site.flower_ids[index]] = held.text
-
-        def on_reply() -> None:
-            nonlocal done
-            done += 1
-            self._tell("training", done=done, total=len(tasks))
-
-        found = self._work.do(tasks, self._opened[0], on_reply)
-        for index in indices:
-            self._made(index, found[self.site.flower_ids[index]])
-
     def _made(self, index: int, verdict: Verdict) -> None:
         held = self.world.nodes[index].held
         assert held is not None
+        self._done += 1
+        self._tell("training", done=self._done, total=self._begun)
         held.made = True
         claim = self._layout.claim(held.round, held.lease_id)
         if verdict.code != ON_ITS_WAY and not claim.exists():
@@ -288,17 +294,17 @@ class VirtualControl:
             if node.held is not None
             and not node.held.made
             and not node.held.answer
+            and index not in self._work
             and self._certain(node.held)
         ]
-        if ready:
-            self._make(ready)
+        self._begin(ready)
         while not self._step():
             pass
         self._hear()
 
     def until(self, moment: float) -> None:
         """Let everything happen that happens by ``moment``, while the coordinator is at work."""
-        while self.world.agenda.next() <= moment:
+        while self._next() <= moment:
             self._step()
         self.world.now = max(self.world.now, self.world.outage(moment))
         self._hear()
@@ -307,7 +313,7 @@ class VirtualControl:
         """One moment; whether the round loop should look."""
         world = self.world
         awaited = [n.held for n in world.nodes.values() if n.held is not None and not n.held.answer]
-        moment = world.agenda.next()
+        moment = self._next()
         if not awaited:
             moment = min(moment, world.now + IDLE_SECONDS)
         if not math.isfinite(moment) or moment > self._end:
@@ -315,11 +321,17 @@ class VirtualControl:
         moment = world.outage(moment)
         world.now = max(world.now, moment)
         look = not awaited
-        while world.agenda.next() <= world.now:
+        while self._next() <= world.now:
             _, kind, index, about = world.agenda.pop()
             look = self._handle(kind, index, about) or look
         open_still = any(n.held is not None and not n.held.answer for n in world.nodes.values())
         return look or not open_still
+
+    def _next(self) -> float:
+        """When something happens next: nothing that is still worked at can come before it."""
+        while self._work.earliest <= self.world.agenda.next() and self._work:
+            self._work.wait()
+        return self.world.agenda.next()
 
     def _handle(self, kind: int, index: int, about: str) -> bool:
         if kind == HAPPENS:
@@ -339,7 +351,8 @@ class VirtualControl:
             return False  # it was given up
         if kind == TRAINED:
             if not held.made and self._still_open(held.lease_id):
-                self._make([index])
+                self._begin([index])
+                self._work.wait_for(index)
             return False
         return self._arrive(index, held) != "accepted" or self._close_at_share < 1
 
@@ -391,6 +404,7 @@ class VirtualControl:
 
     def _happen(self, place: int) -> None:
         """An event of the scenario."""
+        self._work.finish()  # when their payloads arrive is reckoned with who is there now
         came = self.world.happen(place)
         self.welcome(came)
         for index in self.world.nodes:
@@ -470,12 +484,14 @@ class VirtualControl:
 
     def close(self) -> None:
         """Write out what is kept of events."""
+        self._work.finish()
         self._events.close()
 
     # Publishing -----------------------------------------------------------------------------------
 
     def published(self, number: int) -> None:
         """A version is out."""
+        self._work.finish()
         self._newest = number
         self.real_seconds[number] = time.monotonic() - self._real_began
         self._real_began = time.monotonic()
@@ -534,7 +550,7 @@ class VirtualControl:
             for index, node in sorted(self.world.nodes.items())
             if node.held is not None and not node.held.made and self._certain(node.held)
         ]
-        self._make(ready)
+        self._begin(ready)
 
     def _ledger_is_at(self, number: int, attempt: int) -> tuple[float | None, int]:
         """Up to when an attempt went, if it is over, and the attempt after it (-1: none)."""
