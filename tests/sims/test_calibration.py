@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from talkoot.protocol.errors import ConfigError
 from talkoot.server.config import dump_config, parse_config
-from talkoot.sims.calibration.compare import BAR, compare
+from talkoot.sims.calibration.compare import BAR, FALSE_ALARMS, Losses, compare
 from talkoot.sims.calibration.line import Found, measure, stream_bytes
 from talkoot.sims.calibration.real import (
     NodeSeen,
@@ -73,17 +74,38 @@ def test_each_missed_bar_is_a_sentence_that_names_figure_and_difference() -> Non
         "a round: simulated +30.0% off the real network (the bar is 10%).",
         "home-0, up a round: simulated +20.0% off the real network (the bar is 10%).",
         "home-1, up a round: simulated +20.0% off the real network (the bar is 10%).",
-        "held-out losses are 0.333 nats apart, and two seeds of the simulation 0.000.",
+        "held-out losses: the real network's mean is 0.333 nats from the simulations'; one more "
+        "seed would be within 0.000 in 95 of 100 cases.",
     ]
     assert found.rows[0].planned == 11.0
     assert json.loads(json.dumps(found.to_json()))["holds"] is False
 
 
-def test_losses_may_be_as_far_apart_as_two_seeds_and_no_further() -> None:
-    mine, other = seen(losses=(3.1, 2.6, 2.1)), seen(losses=(3.3, 2.8, 2.3))
-    assert compare(seen(), [mine, other], None).losses.holds
-    assert not compare(seen(), [other, mine], None).losses.holds  # the first has the real seed
-    assert not compare(seen(), [mine], None).losses.holds
+def with_mean(mean: float) -> Seen:
+    return seen(losses=(mean + 0.5, mean, mean - 0.5))
+
+
+def test_losses_may_be_as_far_from_the_seeds_as_one_more_seed_and_no_further() -> None:
+    seeds = [with_mean(mean) for mean in (2.4, 2.5, 2.6)]  # 0.1 is their standard deviation
+    bar = 4.303 * 0.1 * (1 + 1 / 3) ** 0.5
+    assert compare(with_mean(2.5), seeds, None).losses.bar == pytest.approx(bar)
+    for way in (1, -1):
+        assert compare(with_mean(2.5 + way * (bar - 0.001)), seeds, None).losses.holds
+        assert not compare(with_mean(2.5 + way * (bar + 0.001)), seeds, None).losses.holds
+    assert not compare(with_mean(2.6), seeds[:1], None).losses.holds
+
+
+@pytest.mark.parametrize("count", [3, 6, 20])
+def test_a_simulation_that_is_right_misses_the_bar_of_losses_as_often_as_is_said(
+    count: int,
+) -> None:
+    rng = np.random.default_rng(count)
+    draws = rng.normal(2.5, 0.1, (2000, count + 1))
+    missed = sum(
+        not Losses("held-out", (1,), (row[0],), tuple((one,) for one in row[1:])).holds
+        for row in draws.tolist()
+    )
+    assert missed / len(draws) == pytest.approx(FALSE_ALARMS, abs=0.015)
 
 
 def test_without_two_common_evaluations_training_losses_are_compared() -> None:

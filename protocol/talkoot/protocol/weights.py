@@ -74,8 +74,12 @@ class WeightsWriter:
             self._offsets[entry.name] = offset
             offset += entry.size
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, which must have the manifest's shape and dtype."""
+    def add(self, name: str, tensor: Tensor, *, digest: bool = True) -> None:
+        """Write one tensor, which must have the manifest's shape and dtype.
+
+        ``digest``: take it into the digest. Hashing costs as much as writing; who never asks for
+        :attr:`weights_digest` can leave it out.
+        """
         if self._file is None:
             raise ValueError("WeightsWriter.add is for use inside its with block")
         spec = self._manifest.spec(name)
@@ -84,7 +88,8 @@ class WeightsWriter:
             raise ProtocolError(f"Tensor {name} was written twice.", code="manifest-mismatch")
         offset = 0
         for slab in raw_slabs(tensor):
-            self.digest_next(name, slab)
+            if digest:
+                self.digest_next(name, slab)
             self.put(name, offset, slab)
             offset += len(slab)
 

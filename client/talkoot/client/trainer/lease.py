@@ -266,7 +266,7 @@ def _encode(job: LeaseJob, checkpoint: Checkpoint) -> LeaseResult:
                 )
                 if fresh and held is not None:  # it waits for the next lease, whole
                     kept += held
-                writer.add(name, kept)
+                writer.add(name, kept, digest=False)
                 faults.place("trainer.mid-encode")
                 yield name, sent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,14 @@ from talkoot.sims.calibration.real import Seen
 
 BAR: Final = 0.10
 """Relative, of round time and bytes."""
+FALSE_ALARMS: Final = 0.05
+"""How often the bar of losses is missed by a simulation that is right."""
+T_975: Final = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
+)
+"""Student's t that 2.5 % exceed, for 1, 2, … degrees of freedom (the e-Handbook of Statistical
+Methods of NIST, 1.3.6.7.2)."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +60,42 @@ class Losses:
     """One a seed; the first has the real network's."""
 
     @property
+    def real_mean(self) -> float:
+        """Over the versions, in nats: one number a network, and so one test."""
+        return statistics.fmean(self.real)
+
+    @property
+    def means(self) -> list[float]:
+        """The same of each simulation."""
+        return [statistics.fmean(curve) for curve in self.simulated]
+
+    @property
     def apart(self) -> float:
-        """Mean distance of the real curve from the simulated one of its seed, in nats."""
-        return _distance(self.real, self.simulated[0])
+        """How far the real network's mean is from the mean of the simulations, in nats."""
+        return abs(self.real_mean - statistics.fmean(self.means))
 
     @property
     def noise(self) -> float:
-        """The same between simulations that differ by their seed: the largest of all pairs."""
-        curves = self.simulated
-        pairs = [(a, b) for place, a in enumerate(curves) for b in curves[place + 1 :]]
-        return max((_distance(a, b) for a, b in pairs), default=0.0)
+        """Standard deviation between simulations that differ by their seed, in nats."""
+        return statistics.stdev(self.means) if len(self.simulated) > 1 else 0.0
+
+    @property
+    def bar(self) -> float:
+        """How far one more simulation would be from the mean of these in 95 of 100 cases, in nats.
+
+        The prediction interval of one more draw from a normal distribution of which so many are
+        known. The real network has the first simulation's weights to begin with, so that it is
+        rather nearer.
+        """
+        count = len(self.simulated)
+        if count < 2:
+            return 0.0
+        return T_975[min(count - 2, len(T_975) - 1)] * self.noise * math.sqrt(1 + 1 / count)
 
     @property
     def holds(self) -> bool:
-        """Whether real and simulated differ by no more than two seeds do."""
-        return self.apart <= self.noise
+        """Whether the real network could be one more seed."""
+        return self.apart <= self.bar
 
 
 @dataclass(frozen=True)
@@ -87,8 +117,9 @@ class Comparison:
         losses = self.losses
         if not losses.holds:
             found.append(
-                f"{losses.kind} losses are {losses.apart:.3f} nats apart, and two seeds of the "
-                f"simulation {losses.noise:.3f}."
+                f"{losses.kind} losses: the real network's mean is {losses.apart:.3f} nats from "
+                f"the simulations'; one more seed would be within {losses.bar:.3f} in 95 of 100 "
+                "cases."
             )
         return found
 
@@ -110,6 +141,8 @@ class Comparison:
                 **asdict(losses),
                 "apart": losses.apart,
                 "noise": losses.noise,
+                "bar": losses.bar,
+                "false_alarms": FALSE_ALARMS,
                 "holds": losses.holds,
             },
             "holds": self.holds,
@@ -159,7 +192,3 @@ def _losses(real: Seen, simulated: Sequence[Seen]) -> Losses:
         for one in curves
     ]
     return Losses(kind, tuple(both), found[0], tuple(found[1:]))
-
-
-def _distance(one: Sequence[float], other: Sequence[float]) -> float:
-    return statistics.fmean(abs(a - b) for a, b in zip(one, other, strict=True))

@@ -45,9 +45,10 @@ def rows_of(found: Calibration) -> list[tuple[str, ...]]:
         for row in found.comparison.rows
     ]
     losses = found.comparison.losses
-    told = f"{losses.noise:.3f} nats" + ("" if losses.holds else ", missed")
-    last = (f"{losses.real[-1]:.3f}", f"{losses.simulated[0][-1]:.3f}")
-    rows.append((f"{losses.kind} loss, the last", *last, f"{losses.apart:.3f} nats", told, "–"))
+    told = f"{losses.bar:.3f} nats" + ("" if losses.holds else ", missed")
+    mean = sum(losses.means) / len(losses.means)
+    means = (f"{losses.real_mean:.3f}", f"{mean:.3f}")
+    rows.append((f"{losses.kind} loss, mean", *means, f"{losses.apart:.3f} nats", told, "–"))
     return rows
 
 
@@ -106,7 +107,8 @@ def _page(found: Calibration, image: str) -> str:
                     (f"{worst.difference:+.1%}", worst.what, _style(worst.holds)),
                     (
                         f"{losses.apart:.3f} nats",
-                        f"between {losses.kind} losses; two seeds are {losses.noise:.3f} apart",
+                        f"between mean {losses.kind} losses; one more seed would be within "
+                        f"{losses.bar:.3f} in 95 of 100 cases",
                         _style(losses.holds),
                     ),
                 ]

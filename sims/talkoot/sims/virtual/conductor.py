@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 from talkoot.server.conductor import Conductor
 from talkoot.server.evaluator import Evaluator
 from talkoot.sims.virtual.control import Over, VirtualControl
@@ -9,9 +11,13 @@ from talkoot.sims.virtual.site import Site
 
 
 class VirtualConductor(Conductor):
-    """The round loop, which takes virtual time to publish, and ends with the scenario."""
+    """The round loop, which takes virtual time to publish, and ends with the scenario.
 
-    def __init__(self, site: Site, control: VirtualControl, evaluator: Evaluator) -> None:
+    A version is measured while the next round trains, as the operator's evaluator does it; in the
+    ledger that is done at the moment at which the version was published.
+    """
+
+    def __init__(self, site: Site, control: VirtualControl) -> None:
         super().__init__(
             site.coordinator,
             site.registry,
@@ -20,20 +26,37 @@ class VirtualConductor(Conductor):
             sleep=control.advance,
         )
         self._virtual = control
-        self._evaluator = evaluator
+        self._published_at = control.world.now
+        self._evaluator = Evaluator(site.coordinator, clock=lambda: self._published_at)
+        self._beside = ThreadPoolExecutor(1)
+        self._measured: Future[bool] | None = None
 
     def run(self) -> None:
         """Run rounds until the scenario is over."""
-        try:
-            super().run()
-        except Over:
-            pass
+        with self._beside:
+            self._measure()
+            try:
+                super().run()
+            except Over:
+                pass
+            self._wait_until_measured()
 
     def _finish(self, number: int) -> None:
         contributions = len(self._book.contributions(number))
+        self._wait_until_measured()
         world = self._virtual.world
         self._virtual.until(world.now + self._virtual.timing.publishing(contributions))
         super()._finish(number)
-        if self._c.config.evaluation.every:
-            self._evaluator.step()
+        self._published_at = world.now
+        self._measure()
         self._virtual.published(number)
+
+    def _measure(self) -> None:
+        if self._c.config.evaluation.every:
+            self._measured = self._beside.submit(self._evaluator.step)
+
+    def _wait_until_measured(self) -> None:
+        """Raises what went wrong over it."""
+        if self._measured is not None:
+            self._measured.result()
+            self._measured = None

@@ -126,7 +126,6 @@ class Engine:
     @contextmanager
     def _surroundings(self, grid: Any) -> Iterator[Any]:
         """What the ServerApp stands on here (``server/app.py``)."""
-        from talkoot.server.evaluator import Evaluator
         from talkoot.server.flower import GridControl
         from talkoot.sims.virtual.conductor import VirtualConductor
         from talkoot.sims.virtual.control import VirtualControl
@@ -155,11 +154,8 @@ class Engine:
         verdicts = self._let_in(world, site, control, resumed=saved is not None)
         if saved is not None:
             control.take_up(saved)
-        evaluator = Evaluator(site.coordinator, clock=world.clock)
-        if scenario.rules.evaluation.every:
-            evaluator.step()
         try:
-            yield VirtualConductor(site, control, evaluator)
+            yield VirtualConductor(site, control)
             control.close()
             write_result(
                 self._job.result,
