@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from talkoot.protocol.errors import TalkootError, UnavailableError
 
-LOOK_SECONDS: Final = 0.01
-"""Between two looks for messages that no node has taken yet."""
+LOOK_SECONDS: Final = (0.01, 0.05)
+"""Between two looks for messages that no node has taken yet: after one was found, and at most."""
 
 
 def simulate(
@@ -78,7 +78,9 @@ def simulate(
         raise
     except Exception as err:
         ended(str(err))
-        told = err.__cause__ or err
+        told: BaseException = err
+        while told.__cause__ is not None:  # Flower's own say only that it failed
+            told = told.__cause__
         raise UnavailableError(
             f"Flower's simulation engine failed ({type(told).__name__}: {told}): see engine.log."
         ) from err
@@ -98,6 +100,7 @@ def hand_out(state: Any, queue: Any, nodes_mapping: Iterable[int], f_stop: threa
         f_stop: set when the engine ends.
     """
     known = frozenset(nodes_mapping)
+    pause, longest = LOOK_SECONDS
     while not f_stop.is_set():
         with state.lock:
             waiting = {
@@ -108,4 +111,5 @@ def hand_out(state: Any, queue: Any, nodes_mapping: Iterable[int], f_stop: threa
         for node_id in sorted(waiting & known):
             for message in state.get_message_ins(node_id=node_id, limit=1):
                 queue.put(message)
-        f_stop.wait(LOOK_SECONDS)
+        pause = LOOK_SECONDS[0] if waiting else min(1.2 * pause, longest)
+        f_stop.wait(pause)

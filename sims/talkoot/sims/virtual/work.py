@@ -21,7 +21,9 @@ from talkoot.server.flower import GridControl
 WINDOW: Final = 8
 """Messages in Flower's hands for each worker. Its in-memory state looks through all of them for
 each node, ten times a second."""
-PATIENCE_SECONDS: Final = 0.04
+PATIENCE_SECONDS: Final = (0.02, 0.25)
+"""Between two looks for replies: at first, and when none has come for long. Each look costs the
+workers some of a processor, since Flower looks through all messages."""
 TTL_SECONDS: Final = 1e6
 """Of a message in Flower's memory: real seconds, which say nothing about virtual deadlines."""
 
@@ -95,8 +97,10 @@ class Work:
         Raises:
             UnavailableError: a worker died or failed.
         """
+        pause, longest = PATIENCE_SECONDS
         while self._at_work and not self._look():
-            time.sleep(PATIENCE_SECONDS)
+            time.sleep(pause)
+            pause = min(1.5 * pause, longest)
 
     def wait_for(self, index: int) -> None:
         """Until a node is done. Raises as :meth:`wait` does."""
