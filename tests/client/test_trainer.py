@@ -28,6 +28,7 @@ from talkoot.protocol.messages import CodecSpec, InnerSpec, RoundTask
 from talkoot.protocol.payload import PayloadReader
 from talkoot.protocol.proof import proof_result
 from talkoot.protocol.replay import ReplayJob, replay_lease
+from talkoot.protocol.schedule import feedback_share
 from talkoot.protocol.weights import WeightsReader, apply_update
 
 if TYPE_CHECKING:
@@ -255,7 +256,7 @@ def test_what_is_sent_and_what_is_kept_add_up_to_the_pseudo_gradient(
     for name, parameter in trainer._replica.weights():
         sent = payload.decode(name).to_dense(parameter.numel()).reshape(parameter.shape)
         carried = run.spec.feedback_decay * kept[name]
-        start = base.get(name) - run.spec.feedback_start * kept[name]
+        start = base.get(name) - feedback_share(run.spec.feedback_start, 2) * kept[name]
         torch.testing.assert_close(
             sent + kept_now[name],
             start - parameter.detach() + carried,
@@ -276,16 +277,16 @@ def test_a_lease_starts_from_part_of_what_its_node_has_not_sent(
     trainer.settle(task.lease.lease_id, accepted=True)
     held = feedback_of(trainer, run)
     assert any(bool(kept.abs().max() > 0) for kept in held.values())
-    task, blocks = run.task(range(4, 8), round_number=2, tokens_before=1000)
+    task, blocks = run.task(range(4, 8), round_number=51, tokens_before=1000)
     trainer.train(task, blocks)
     base = WeightsReader(run.weights, run.manifest)
     assert trainer._replica is not None
     for name, weight in trainer._replica.weights():
-        start = base.get(name) - run.spec.feedback_start * held[name]
+        start = base.get(name) - run.spec.feedback_start / 2 * held[name]
         torch.testing.assert_close(weight.detach(), start)
     trainer.settle(task.lease.lease_id, accepted=True)
 
-    task, blocks = run.task(range(8, 12), round_number=3, tokens_before=2000)
+    task, blocks = run.task(range(8, 12), round_number=52, tokens_before=2000)
     trainer.train(task.model_copy(update={"fresh_state": True}), blocks)
     for name, weight in trainer._replica.weights():  # one that others can replay
         torch.testing.assert_close(weight.detach(), base.get(name))

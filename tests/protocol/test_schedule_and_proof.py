@@ -20,7 +20,7 @@ from talkoot.protocol.proof import (
     sketch_distance,
     sketch_tolerance,
 )
-from talkoot.protocol.schedule import learning_rate, lease_position
+from talkoot.protocol.schedule import feedback_share, learning_rate, lease_position
 
 SPEC = InnerSpec(
     learning_rate=1e-3, final_learning_rate_ratio=0.1, warmup_tokens=1000, total_tokens=11_000
@@ -58,6 +58,13 @@ def test_a_run_whose_first_version_was_trained_before_goes_on_in_the_middle_of_i
     whole = SPEC.model_copy(update={"schedule": kind})
     later = whole.model_copy(update={"start_tokens": start})
     assert learning_rate(later, tokens) == learning_rate(whole, start + tokens)
+
+
+@given(st.floats(0, 1), st.integers(1, 10**6))
+def test_a_node_starts_from_more_of_its_feedback_as_rounds_pass(limit: float, number: int) -> None:
+    assert feedback_share(limit, 1) == 0
+    assert feedback_share(limit, 51) == limit / 2
+    assert feedback_share(limit, number) <= feedback_share(limit, number + 1) <= limit
 
 
 def test_without_a_total_the_rate_stays_at_its_peak() -> None:

@@ -184,8 +184,9 @@ class RunSpec(Message):
     feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Decay of the node's error feedback (SparseLoCo, arXiv 2508.15706, algorithm 1)."""
     feedback_start: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of its error feedback that a node takes off the published weights before it trains
-    (ADR 26): it goes on from part of what it has found and not sent, and does not find it again."""
+    """Share of its error feedback that a node takes off the published weights before it trains,
+    after many rounds (``schedule.feedback_share``, ADR 26): it goes on from part of what it has
+    found and not sent, and does not find it again."""
     seed: Count = 0
     adapter: AdapterSpec | None = None
     """None: all parameters are trained. Else the manifest lists the adapters alone."""

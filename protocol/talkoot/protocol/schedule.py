@@ -7,6 +7,7 @@ or is slow, trains at the rate that everybody else has reached.
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from talkoot.protocol.messages import InnerSpec
 
@@ -36,6 +37,20 @@ def learning_rate(spec: InnerSpec, tokens: float) -> float:
         left = (spec.total_tokens - min(tokens, spec.total_tokens)) / spec.total_tokens
         return peak * (ratio + (1.0 - ratio) * min(left / spec.decay_share, 1.0))
     return peak * (ratio + (1.0 - ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+FEEDBACK_ROUNDS: Final = 50
+"""Rounds before a new one, after which a lease starts from half of what it will start from."""
+
+
+def feedback_share(feedback_start: float, round_number: int) -> float:
+    """The share of its error feedback that a node starts a lease of ``round_number`` from (ADR 26).
+
+    Nothing in round 1, when feedback is large and soon wrong; half of ``feedback_start`` after
+    ``FEEDBACK_ROUNDS`` rounds, nearly all of it after many.
+    """
+    before = max(0, round_number - 1)
+    return feedback_start * (before / (before + FEEDBACK_ROUNDS))
 
 
 def lease_position(

@@ -290,9 +290,10 @@ class Config(_Section):
     downlink: DownlinkSection = DownlinkSection()
     feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Of what a node did not send, from round to round (its error feedback)."""
-    feedback_start: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of its error feedback that a node takes off the published weights before it trains. It
-    goes on from part of what it has found and not sent, and does not find it again."""
+    feedback_start: Annotated[float, Field(ge=0, le=1)] = 0.75
+    """Share of its error feedback that a node takes off the published weights before it trains: it
+    goes on from part of what it has found and not sent, and does not find it again. Nothing in
+    round 1, half as much in round 51, nearly all after hundreds."""
     network: NetworkSection = NetworkSection()
     admission: AdmissionSection = AdmissionSection()
     aggregation: AggregationSpec = AggregationSpec()

@@ -29,7 +29,7 @@ from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.payload import write_payload
 from talkoot.protocol.recipes import Recipe
 from talkoot.protocol.replica import Replica, rounding_seed
-from talkoot.protocol.schedule import learning_rate, lease_position
+from talkoot.protocol.schedule import feedback_share, learning_rate, lease_position
 from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader, WeightsWriter
 
@@ -104,7 +104,9 @@ class _Start:
         self._feedback: WeightsReader | None = None
         if feedback is not None:
             self._feedback = WeightsReader(work.path(feedback), job.manifest.as_float32())
-        self._share = 0.0 if job.task.fresh_state else job.spec.feedback_start
+        self._share = 0.0
+        if not job.task.fresh_state:
+            self._share = feedback_share(job.spec.feedback_start, job.task.round)
 
     def feedback(self, name: str) -> Tensor | None:
         """fp32, in the manifest's shape; None before the first lease is done."""

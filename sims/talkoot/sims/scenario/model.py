@@ -76,8 +76,8 @@ class Rules(_Part):
     downlink: DownlinkSection = DownlinkSection()
     feedback_decay: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Of what a node did not send, from round to round."""
-    feedback_start: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of it that a node starts from."""
+    feedback_start: Annotated[float, Field(ge=0, le=1)] = 0.75
+    """Share of it that a node starts from, after many rounds."""
     admission: AdmissionSection = AdmissionSection()
     aggregation: AggregationSpec = AggregationSpec()
     belief: BeliefSection = BeliefSection()
