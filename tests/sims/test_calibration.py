@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from talkoot.sims.calibration.real import (
     RoundSeen,
     Seen,
     insist_small,
+    listens,
     load,
     names_of,
     real_config,
@@ -33,6 +36,16 @@ from talkoot.sims.scenario import Scenario, load_scenario
 from talkoot.sims.virtual.layout import Profile
 from talkoot.sims.wan import FAR, Line, Wan, impossible
 
+SERVE = """
+import socket, sys
+server = socket.socket()
+server.bind(("127.0.0.1", 0))
+print("bound", flush=True)
+sys.stdin.readline()
+server.listen()
+print("listens", flush=True)
+sys.stdin.read()
+"""
 PARTS = {"training": 5.0, "around": 1.0, "closing": 0.2, "opening": 0.0}
 
 
@@ -138,6 +151,24 @@ def test_what_cannot_be_lived_through_here_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=why):
         insist_small(load_scenario(name, changes))
+
+
+def test_a_process_listens_once_it_takes_connections() -> None:
+    assert not listens(None)
+    child = subprocess.Popen(
+        [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    with child:
+        assert child.stdout.readline() == "bound\n"
+        assert not listens(child.pid)
+        child.stdin.write("listen\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "listens\n"
+        assert listens(child.pid)
+        child.stdin.close()
+    assert not listens(child.pid)
 
 
 def test_the_command_refuses_in_one_sentence(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ ROUND_SECONDS: Final = 300.0
 BEGAN: Final = re.compile(
     re.escape(TRAINING_BEGINS).replace("%d", r"(\d+)")  # what the daemon says, read back
 )
+TCP_LISTEN: Final = "0A"
+"""In /proc/PID/net/tcp (Linux, include/net/tcp_states.h)."""
 WARM: Final = 1
 """Rounds at the beginning that are left out: caches are cold, and torch is loaded."""
 
@@ -179,10 +181,28 @@ def run_real(
 
 
 def _invite(network: LocalNetwork, uses: int) -> str | None:
-    """An invite, once the coordinator serves."""
-    if not {"gateway", "transfer"} <= set(probe.part_pids(network)):
+    """An invite, once the coordinator serves: a volunteer whom nobody answers gives up."""
+    parts = probe.part_pids(network)
+    if not all(listens(parts.get(name)) for name in ("gateway", "transfer")):
         return None
     return network.invite(uses)
+
+
+def listens(pid: int | None) -> bool:
+    """Whether a process takes connections, in whatever network namespace it is."""
+    if pid is None:
+        return False
+    place = Path("/proc") / str(pid)
+    try:
+        mine = {str(handle.readlink()) for handle in (place / "fd").iterdir()}
+        rows = [
+            row.split()
+            for name in ("tcp", "tcp6")
+            for row in (place / "net" / name).read_text("ascii").splitlines()[1:]
+        ]
+    except OSError:
+        return False
+    return any(row[3] == TCP_LISTEN and f"socket:[{row[9]}]" in mine for row in rows)
 
 
 def _follow(
