@@ -160,8 +160,7 @@ def base_config(
     """The configuration that is compared when no file is given.
 
     One block is one batch, so that every node makes exactly ``steps`` inner steps a round. Warm-up
-    over the first twentieth, then a cosine to a tenth of the peak at the end. Version 0 of a new
-    model is warmed up for as many steps as a node makes in that time.
+    over the first twentieth, then a cosine to a tenth of the peak at the end.
     """
     total = nodes * rounds * steps * batch * length
     values: dict[str, Any] = {
@@ -175,8 +174,6 @@ def base_config(
             "total_tokens": total,
         },
     }
-    if "pretrained" not in model:
-        values["warm_up"] = {"tokens": rounds // 20 * steps * batch * length}
     if tokenizer is not None:
         values["tokenizer"] = {"kind": "hf", "path": tokenizer}
     try:
