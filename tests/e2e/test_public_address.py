@@ -19,11 +19,13 @@ from cryptography.hazmat.primitives import serialization
 from flwr.supercore.protobuf import translation
 
 from talkoot.client.enrol import Enrolment, enrol
+from talkoot.protocol.errors import UnavailableError
 from talkoot.protocol.identity import NodeKey
 from talkoot.protocol.invite import Invite
 from talkoot.server.flower import ControlApi
 from talkoot.sims.in_process import CAPABILITY
 from talkoot.sims.local import BIN, LocalNetwork, environment
+from talkoot.sims.probe import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # a whole story in one set-up
 
@@ -90,9 +92,16 @@ class Door:
 def door(coordinator: LocalNetwork) -> Door:
     state = coordinator.state
     key = NodeKey.generate()
-    enrolment = enrol(Invite.parse(coordinator.invite(1)), key, "stranger", CAPABILITY)
     ca = (state / "tls" / "loopback" / "ca.pem").read_bytes()
     control = ControlApi(int(coordinator.ports["superlink_port"]), ca)
+
+    def started() -> bool:
+        with contextlib.suppress(UnavailableError):
+            return bool(control.runs())
+        return False
+
+    until("the SuperLink's run", started, coordinator)
+    enrolment = enrol(Invite.parse(coordinator.invite(1)), key, "stranger", CAPABILITY)
     return Door(coordinator, control, key, enrolment)
 
 

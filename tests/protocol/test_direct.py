@@ -84,3 +84,15 @@ def test_a_file_that_ends_early_is_read_as_far_as_it_goes(tmp_path: Path) -> Non
         assert disk.read(data, 0) == 250_000
         assert data[:250_000].tobytes() == bytes(range(250)) * 1000
         assert disk.read(data, 400_000) == 0
+
+
+def test_a_file_that_took_the_name_of_an_open_one_is_left_alone(tmp_path: Path) -> None:
+    path, other = tmp_path / "file", tmp_path / "other"
+    other.write_bytes(b"x" * MOST)
+    data = _room(MOST, 0, 0)
+    data[:] = 7
+    with path.open("w+b") as file, PastCache(file.fileno(), os.O_WRONLY) as disk:
+        other.replace(path)  # the open one has no name now
+        disk.write(data, 0)
+        assert os.pread(file.fileno(), MOST, 0) == data.tobytes()
+    assert path.read_bytes() == b"x" * MOST

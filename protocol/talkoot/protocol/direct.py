@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Final
 
@@ -92,9 +93,17 @@ class PastCache:
             if not self._looked:
                 self._looked = True
                 with suppress(OSError):  # no /proc, or a file system without it
-                    name, flags = f"/proc/self/fd/{self._fd}", self._flags | _DIRECT
-                    self._second = os.open(name, flags | os.O_CLOEXEC)
+                    self._second = self._open_again()
             return self._second >= 0
+
+    def _open_again(self) -> int:
+        """By the file's name, if that is still its name: what a daemon writes to is watched."""
+        name = Path(f"/proc/self/fd/{self._fd}").readlink()
+        second = os.open(name, self._flags | _DIRECT | os.O_CLOEXEC)
+        if os.path.samestat(os.fstat(second), os.fstat(self._fd)):
+            return second
+        os.close(second)
+        return -1
 
     def _directly(self, data: U8, at: int, move: Callable[[int, memoryview, int], int]) -> int:
         """As much as goes directly: whole blocks."""

@@ -183,7 +183,7 @@ def run_real(
 def _invite(network: LocalNetwork, uses: int) -> str | None:
     """An invite, once the coordinator serves: a volunteer whom nobody answers gives up."""
     parts = probe.part_pids(network)
-    if not all(listens(parts.get(name)) for name in ("gateway", "transfer")):
+    if not all(listens(parts.get(name)) for name in ("superlink", "gateway", "transfer")):
         return None
     return network.invite(uses)
 
