@@ -277,6 +277,7 @@ def _ids(body: bytes) -> list[str]:
         (503, b"", UnavailableError, "unavailable"),
         (429, b"", UnavailableError, "unavailable"),
         (500, b"oops", UnavailableError, "gateway-no"),
+        (500, b"[" * 9000, UnavailableError, "unavailable"),  # deeper than Python reads
         (
             401,
             b'{"detail":"Invalid SuperNode authentication"}',

@@ -286,7 +286,10 @@ def _explain(err: httpx.HTTPError) -> UnavailableError | RefusedError:
     text = err.response.text[:MAX_CONTROL_MESSAGE]
     if status in {429, 502, 503, 504}:
         return UnavailableError(f"The coordinator is not ready ({status}).")
-    flower = FlowerError.from_json(text)
+    try:
+        flower = FlowerError.from_json(text)
+    except RecursionError:  # JSON that is nested too deep to read
+        flower = None
     if flower is not None:
         if flower.code == NODE_ACTIVATION_FAILED:
             return RefusedError(
