@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from talkoot.protocol.corpus import load_heldout, read_manifest
-from talkoot.protocol.errors import ConfigError, TalkootError
+from talkoot.protocol.errors import CapacityError, ConfigError, TalkootError
 from talkoot.protocol.model import build_model, named_trainable, preset
+from talkoot.protocol.replica import Replica
 from talkoot.protocol.weights import WeightsReader
 from talkoot.server.aggregate import VersionDir
 from talkoot.server.config import Config, parse_config
@@ -96,3 +97,15 @@ def test_what_cannot_be_had_is_said_and_nothing_is_left(
 def test_adapters_are_not_warmed_up() -> None:
     with pytest.raises(ConfigError, match="need no warm-up"):
         parse_config('warm_up.tokens = 1\n[model]\npretrained = "x"\n[adapter]\nrank = 4\n')
+
+
+def test_a_device_that_is_too_small_is_told_what_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_replica: Replica, _ids: torch.Tensor, _rate: float) -> float:
+        raise torch.OutOfMemoryError  # as an accelerator has it; a processor's memory never says so
+
+    monkeypatch.setattr(Replica, "step", full)
+    with pytest.raises(CapacityError, match=r"choose another warm_up\.recipe"):
+        init(tmp_path / "state", config("tokens = 1000"), say=lambda _: None)
+    assert not (tmp_path / "state").exists()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from talkoot.protocol.corpus import CorpusManifest, read_block
-from talkoot.protocol.errors import ConfigError
+from talkoot.protocol.errors import CapacityError, ConfigError
 from talkoot.protocol.leases import CommittedBlocks, Member, plan_leases
 from talkoot.protocol.messages import InnerSpec, RunSpec
 from talkoot.protocol.recipes import get as get_recipe
@@ -85,7 +85,13 @@ def warm_up(
         for step in range(sequences.steps):
             share = min(1.0, (done + sequences.tokens_after(step + 1)) / section.tokens)
             batch = sequences.batch(step).to(replica.device)
-            loss = replica.step(batch, _rate(config.inner, share))
+            try:
+                loss = replica.step(batch, _rate(config.inner, share))
+            except torch.OutOfMemoryError as err:
+                raise CapacityError(
+                    f"The warm-up does not fit into the memory of {section.device}: choose another "
+                    "warm_up.recipe, a smaller model.micro_batch, or no warm-up."
+                ) from err
             if time.monotonic() - said >= SAY_SECONDS:
                 said = time.monotonic()
                 say(f"  warm-up: {share:.0%} of {section.tokens:,} tokens, loss {loss:.3f}")
