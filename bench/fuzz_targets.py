@@ -161,11 +161,28 @@ def _bomb(size: int) -> bytes:
     return zstandard.ZstdCompressor(level=19).compress(bytes(size))
 
 
+def _read(
+    data: bytes, numel: int, spec: CodecSpec, *, compiled: bool
+) -> tuple[bytes, bytes] | ProtocolError:
+    """Positions and values, or what was said of them."""
+    from talkoot.protocol.codec import EncodedTensor, decode_tensor
+    from talkoot.protocol.kernels import KERNELS
+
+    with KERNELS.running(compiled=compiled):
+        try:
+            found = decode_tensor(EncodedTensor.from_bytes(data, numel, spec), numel, spec)
+        except ProtocolError as err:
+            return err
+    return found.indices.numpy().tobytes(), found.values.numpy().tobytes()
+
+
 def _codec_targets() -> Iterator[Target]:
     import torch
 
-    from talkoot.protocol.codec import EncodedTensor, decode_tensor, encode_tensor
+    from talkoot.protocol.codec import encode_tensor
+    from talkoot.protocol.kernels import KERNELS
 
+    KERNELS.compile()  # before time and memory are looked at
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(5000, generator=generator)
     for spec in _SPECS:
@@ -176,7 +193,12 @@ def _codec_targets() -> Iterator[Target]:
         seeds += [seeds[0][:half] + _bomb(2**26), seeds[0][:24] + _bomb(2**24)]
 
         def run(data: bytes, numel: int = numel, spec: CodecSpec = spec) -> object:
-            return decode_tensor(EncodedTensor.from_bytes(data, numel, spec), numel, spec)
+            """By both kinds of loops, which must find the same."""
+            by_numpy, compiled = (_read(data, numel, spec, compiled=c) for c in (False, True))
+            if isinstance(by_numpy, ProtocolError) and isinstance(compiled, ProtocolError):
+                raise compiled
+            assert by_numpy == compiled, "the compiled loops find something else"
+            return compiled
 
         yield Target(f"codec-{spec.kind}-{spec.value_bits}bit", run, seeds, weight=0.8)
 

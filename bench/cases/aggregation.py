@@ -38,8 +38,9 @@ def aggregation(run: Run) -> Iterator[Row]:
     """8 nodes and 1 GB of fp32 weights: time and memory of a round, from disk to disk."""
     parameters = 2**25 if run.quick else 250_000_000
     root = run.scratch
-    state = {"root": str(root), "parameters": parameters}
-    run_child("bench.cases.aggregation:prepare", state | {"nodes": 32})
+    state = {"root": str(root), "parameters": parameters, "compiled": True}
+    asked = {"root": str(root), "parameters": parameters, "nodes": 32}
+    run_child("bench.cases.aggregation:prepare", asked)
     measured = _measure(run, state)
     rounds, raws, flowers = measured["disk"], measured["raw"], measured["flower"]
     yield compare(
@@ -49,6 +50,13 @@ def aggregation(run: Run) -> Iterator[Row]:
         _of(raws, "seconds"),
         ratio_at_most=2.0,
         note="2 threads; baseline: the same state bytes read and written raw, the faster way",
+    )
+    yield compare(
+        "aggregation_seconds_numpy",
+        "s",
+        _of(measured["numpy"], "seconds"),
+        _of(raws, "seconds"),
+        note="without the compiled loops (the extra compiled); the same baseline",
     )
     yield compare(
         "aggregation_seconds_cached",
@@ -121,12 +129,13 @@ def aggregation(run: Run) -> Iterator[Row]:
 
 def _measure(run: Run, state: dict[str, Any]) -> dict[str, list[ChildResult]]:
     """Rounds on disk, raw copies, rounds in memory and Flower's, in turn."""
-    kinds = ("disk", "raw", "cached", "memory", "flower")
+    kinds = ("disk", "numpy", "raw", "cached", "memory", "flower")
     made: dict[str, list[ChildResult]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         _copy_of(Path(state["root"]), Path(memory))
         for number in range(2 if run.quick else 3):
             made["disk"].append(_round(state, NODES))
+            made["numpy"].append(_round(state | {"compiled": False}, NODES))
             raws = [_child("raw_copy", root=state["root"], past=past) for past in (False, True)]
             made["cached"].append(raws[0])
             made["raw"].append(min(raws, key=lambda one: float(one.result["seconds"])))
@@ -155,7 +164,7 @@ def _child(name: str, **arguments: Any) -> ChildResult:
 
 
 def _round(state: dict[str, Any], nodes: int) -> ChildResult:
-    return _child("close", root=state["root"], parameters=state["parameters"], nodes=nodes)
+    return _child("close", **state, nodes=nodes)
 
 
 # In child processes ----------------------------------------------------------------------------
@@ -192,24 +201,29 @@ def prepare(root: str, parameters: int, nodes: int) -> None:
     shutil.rmtree(first.path)
 
 
-def close(root: str, parameters: int, nodes: int) -> dict[str, Any]:
-    """One round; its seconds, and those of its threads by stage."""
+def close(root: str, parameters: int, nodes: int, compiled: bool) -> dict[str, Any]:
+    """One round; its seconds, and those of its threads by stage.
+
+    Compiled loops are there before: a coordinator compiles once, and closes many rounds.
+    """
+    from talkoot.protocol.kernels import KERNELS
     from talkoot.server.aggregate import VersionDir, aggregate_round
     from talkoot.server.outer import OuterSpec
 
     directory, manifest = Path(root), _manifest(parameters)
-    began, cpu = time.perf_counter(), time.process_time()
-    result = aggregate_round(
-        manifest,
-        VersionDir(directory / "v1"),
-        _parts(directory, nodes),
-        UPLINK,
-        DOWNLINK,
-        OuterSpec(),
-        directory / "v2",
-        workers=2,
-    )
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    with KERNELS.running(compiled=compiled):
+        began, cpu = time.perf_counter(), time.process_time()
+        result = aggregate_round(
+            manifest,
+            VersionDir(directory / "v1"),
+            _parts(directory, nodes),
+            UPLINK,
+            DOWNLINK,
+            OuterSpec(),
+            directory / "v2",
+            workers=2,
+        )
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     shutil.rmtree(directory / "v2")
     return {"seconds": seconds, "cpu": cpu, "threads": result.seconds}
 

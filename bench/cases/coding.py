@@ -16,6 +16,7 @@ from talkoot.protocol.codec import (
     encode_with_feedback,
 )
 from talkoot.protocol.codec_bits import section_spans
+from talkoot.protocol.kernels import KERNELS
 from talkoot.protocol.messages import CodecSpec
 
 UPLINK = CodecSpec(chunk=CHUNK, keep=KEEP, value_bits=BITS)
@@ -45,14 +46,20 @@ def encode(run: Run) -> Iterator[Row]:
     torch.set_num_threads(1)
     numel = 2**22 if run.quick else 2**24
     noise = gaussian(numel)
-    for name, spec, bar in (("encode", UPLINK, 1.5), ("encode_downlink", DOWNLINK, None)):
-        mine, other = in_turn(
-            run,
-            lambda spec=spec: encode_tensor(noise, spec, workers=1),  # type: ignore[misc]
-            lambda spec=spec: torch.topk(  # type: ignore[misc]
-                noise.view(-1, CHUNK).abs(), spec.keep, dim=1, sorted=False
-            ),
-        )
+    for name, spec, bar, compiled in (
+        ("encode", UPLINK, 1.5, True),
+        ("encode_numpy", UPLINK, None, False),
+        ("encode_downlink", DOWNLINK, None, True),
+        ("encode_downlink_numpy", DOWNLINK, None, False),
+    ):
+        with KERNELS.running(compiled=compiled):
+            mine, other = in_turn(
+                run,
+                lambda spec=spec: encode_tensor(noise, spec, workers=1),  # type: ignore[misc]
+                lambda spec=spec: torch.topk(  # type: ignore[misc]
+                    noise.view(-1, CHUNK).abs(), spec.keep, dim=1, sorted=False
+                ),
+            )
         yield compare(
             f"{name}_seconds",
             "s",
@@ -95,7 +102,10 @@ def decode(run: Run) -> Iterator[Row]:
         ):
             decode_section(section, count, UPLINK).add_to_(total[start : start + count])
 
-    mine, other = in_turn(run, ours, lambda: total.add_(noise))
+    with KERNELS.running(compiled=False):
+        slow, _ = in_turn(run, ours, lambda: None)
+    with KERNELS.running(compiled=True):
+        mine, other = in_turn(run, ours, lambda: total.add_(noise))
     rates = [numel / seconds / 1e9 for seconds in mine]
     yield compare(
         "decode_add_rate",
@@ -110,4 +120,10 @@ def decode(run: Run) -> Iterator[Row]:
         rates,
         at_least=1.2,
         note="the same by itself, in processor seconds",
+    )
+    yield figure(
+        "decode_add_rate_numpy",
+        "G parameters/s",
+        [numel / seconds / 1e9 for seconds in slow],
+        note="without the compiled loops",
     )

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tests.loops import both_loops  # noqa: F401
 
 from talkoot.protocol.codec import encode_tensor
 from talkoot.protocol.errors import ProtocolError, VersionError

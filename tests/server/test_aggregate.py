@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tests.loops import both_loops  # noqa: F401
 
 from talkoot.protocol import codec_bits
 from talkoot.protocol.codec import SparseTensor, encode_tensor, encode_with_feedback

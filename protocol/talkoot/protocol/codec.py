@@ -28,6 +28,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from types import ModuleType
 from typing import Final
 
 import numpy as np
@@ -37,6 +38,7 @@ from torch import Tensor
 from talkoot.protocol import codec_bits as bits
 from talkoot.protocol.codec_bits import Layout, malformed, section_spans
 from talkoot.protocol.codec_encode import MAX_MAGNITUDE, encode_section, require_sane
+from talkoot.protocol.kernels import KERNELS
 from talkoot.protocol.messages import CodecSpec
 from talkoot.protocol.parallel import in_order
 
@@ -253,10 +255,13 @@ def decode_section(section: EncodedSection, elements: int, spec: CodecSpec) -> S
         return _decode_dense(section, elements)
     layout = Layout.of(elements, spec)
     table = bits.read_table(section.table, layout, MAX_MAGNITUDE)
-    codes = bits.unpack_codes(section.codes, layout.entries, layout.bits)
+    packed = bits.read_codes(section.codes, layout.entries, layout.bits)
     chunks = layout.chunks
     scales = bits.decompress(section.scales, low=chunks, high=chunks, what="the scales")
     raw = bits.decompress(section.gaps, low=layout.entries, high=layout.gaps_cap, what="the gaps")
+    if compiled := KERNELS.after(elements):
+        return _placed_by(compiled, raw, packed, scales, table, layout)
+    codes = bits.unpack_codes(packed, layout.entries, layout.bits)
     sums = bits.sums_of_gaps(raw, layout.entries)
     body, full = layout.full * layout.keep, layout.full
     parts = []
@@ -278,6 +283,24 @@ def decode_section(section: EncodedSection, elements: int, spec: CodecSpec) -> S
     return SparseTensor(torch.from_numpy(indices), torch.from_numpy(found))
 
 
+def _placed_by(
+    compiled: ModuleType,
+    raw: bits.U8,
+    packed: bits.U8,
+    scales: bits.U8,
+    table: bits.F32,
+    layout: Layout,
+) -> SparseTensor:
+    """The same, compiled."""
+    indices = np.empty(layout.entries, dtype=np.int64)
+    values = np.empty(layout.entries, dtype=np.float32)
+    levels, grid = table.astype(np.float64), bits.scale_grid()
+    count = compiled.place(raw, packed, scales, levels, grid, layout.shape, indices, values)
+    if count < 0:
+        raise bits.bad_gaps(layout.entries) if count == -1 else bits.bad_index()
+    return SparseTensor(torch.from_numpy(indices[:count]), torch.from_numpy(values[:count]))
+
+
 def _placed(
     sums: bits.I64, values: bits.F32, length: int, origin: int, before: int
 ) -> tuple[bits.I64, bits.F32]:
@@ -295,7 +318,7 @@ def _placed(
         # Absent entries count up from the chunk's length, so the last one tells how many there are.
         absent = keep - here.sum(axis=1)
         if ((absent > 0) & (local[:, -1] != length + absent)).any():
-            raise malformed("an index lies outside its chunk")
+            raise bits.bad_index()
         sent &= here
     local += (np.arange(chunks, dtype=np.int64) * length + (origin - 1))[:, None]
     if sent.all():

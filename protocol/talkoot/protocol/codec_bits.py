@@ -39,10 +39,13 @@ OCTAVE_STEPS: Final = 8
 """Steps of the chunk scale grid to a factor of two."""
 SMALLEST_NORMAL: Final = 2.0**-126
 
-_BIN_SHIFT: Final = 17
+BIN_SHIFT: Final = 17
 """The level histogram has 2**(23 - 17) bins an octave: the top bits of an fp32 are the bin."""
 _OCTAVES: Final = 16
 """It spans 2**-16 … 2**16 around the chunk scale."""
+FIRST_BIN: Final = (127 - _OCTAVES) << (23 - BIN_SHIFT)
+"""What the top bits of the smallest magnitudes are."""
+BINS: Final = 2 * _OCTAVES << (23 - BIN_SHIFT)
 _LLOYD_STEPS: Final = 16
 _LOCAL = threading.local()
 
@@ -50,6 +53,16 @@ _LOCAL = threading.local()
 def malformed(what: str) -> ProtocolError:
     """The one error for bytes that are not a payload."""
     return ProtocolError(f"Malformed payload: {what}.", code="payload-malformed")
+
+
+def bad_gaps(entries: int) -> ProtocolError:
+    """Too few of them, or too many."""
+    return malformed(f"the gaps do not hold {entries} indices")
+
+
+def bad_index() -> ProtocolError:
+    """One that is too large."""
+    return malformed("an index lies outside its chunk")
 
 
 def section_elements(spec: CodecSpec) -> int:
@@ -106,6 +119,11 @@ class Layout:
     def table_size(self) -> int:
         """Bytes of the level table."""
         return 4 << (self.bits - 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int, int]:
+        """As ``codec_compiled`` is told it."""
+        return self.chunk, self.full, self.keep, self.tail, self.tail_keep, self.bits
 
     @property
     def gaps_cap(self) -> int:
@@ -168,7 +186,7 @@ def sums_of_gaps(raw: U8, entries: int) -> I64:
     if raw.size != entries or (entries > 0 and int(raw.max()) == ESCAPE):
         ends = np.flatnonzero(raw != ESCAPE)
         if ends.size != entries or (entries > 0 and int(ends[-1]) != raw.size - 1):
-            raise malformed(f"the gaps do not hold {entries} indices")
+            raise bad_gaps(entries)
         sums = np.take(sums, ends)
     sums += np.arange(1, entries + 1)
     return sums
@@ -191,14 +209,19 @@ def pack_codes(codes: U8, bits: int) -> bytes:
     return np.packbits(planes.reshape(-1), bitorder="little").tobytes()
 
 
-def unpack_codes(packed: bytes, entries: int, bits: int) -> U8:
-    """Inverse of :func:`pack_codes`. Bits after the last code must be zero."""
+def read_codes(packed: bytes, entries: int, bits: int) -> U8:
+    """The bytes that hold so many codes. Bits after the last code must be zero."""
     if len(packed) != (entries * bits + 7) // 8:
         raise malformed(f"{len(packed)} bytes of codes for {entries} values of {bits} bits")
     raw = np.frombuffer(packed, dtype=np.uint8)
     spare = 8 * len(packed) - entries * bits
     if spare and raw[-1] >> (8 - spare):
         raise malformed("bits after the last code are not zero")
+    return raw
+
+
+def unpack_codes(raw: U8, entries: int, bits: int) -> U8:
+    """Inverse of :func:`pack_codes`, after :func:`read_codes`."""
     if bits == 8:
         return raw
     if 8 % bits == 0:
@@ -261,27 +284,29 @@ def values_of(scales: U8, table: F32, codes: U8, bits: int) -> F32:
 @cache
 def _bin_centres() -> F64:
     """The middle of each bin of the level histogram, ascending."""
-    first = (127 - _OCTAVES) << (23 - _BIN_SHIFT)
-    edges = np.arange(first, first + (2 * _OCTAVES << (23 - _BIN_SHIFT)) + 1, dtype=np.uint32)
-    bounds = (edges << np.uint32(_BIN_SHIFT)).view(np.float32).astype(np.float64)
+    edges = np.arange(FIRST_BIN, FIRST_BIN + BINS + 1, dtype=np.uint32)
+    bounds = (edges << np.uint32(BIN_SHIFT)).view(np.float32).astype(np.float64)
     return (bounds[:-1] + bounds[1:]) / 2
 
 
-def fit_levels(normalized: F32, count: int) -> F64:
+def histogram_of(normalized: F32) -> tuple[F64, F64]:
+    """How many positive magnitudes lie in each bin, and their sums: added up in order."""
+    bins = (normalized.view(np.uint32) >> np.uint32(BIN_SHIFT)).astype(np.int64)
+    bins = np.clip(bins - FIRST_BIN, 0, BINS - 1)
+    numbers = np.bincount(bins, minlength=BINS).astype(np.float64)
+    sums: F64 = np.bincount(bins, weights=normalized, minlength=BINS).astype(np.float64)
+    return numbers, sums
+
+
+def fit_levels(numbers: F64, sums: F64, count: int) -> F64:
     """``count`` ascending levels for positive magnitudes, beside a fixed level 0 ("not sent").
 
     Lloyd-Max (S. Lloyd, "Least squares quantization in PCM", 1982) over a histogram of the top
-    bits of the magnitudes: deterministic, and of the same cost for any number of them.
+    bits of the magnitudes (:func:`histogram_of`; not an empty one): deterministic, and of the same
+    cost for any number of them.
     """
-    centres = _bin_centres()
-    size = centres.size
-    bins = (normalized.view(np.uint32) >> np.uint32(_BIN_SHIFT)).astype(np.int64)
-    bins -= (127 - _OCTAVES) << (23 - _BIN_SHIFT)
-    bins = np.clip(bins, 0, size - 1)
-    histogram = np.bincount(bins, minlength=size).astype(np.float64)
-    sums = np.bincount(bins, weights=normalized, minlength=size)
-    used = np.flatnonzero(histogram)
-    centres, histogram, sums = centres[used], histogram[used], sums[used]
+    used = np.flatnonzero(numbers)
+    centres, histogram, sums = _bin_centres()[used], numbers[used], sums[used]
     # cumsum adds in order on every machine, unlike sum: the fit is the same everywhere.
     number = np.concatenate([[0.0], np.cumsum(histogram)])
     mass = np.concatenate([[0.0], np.cumsum(sums)])

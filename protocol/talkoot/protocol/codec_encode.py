@@ -8,6 +8,7 @@ on the host. The arrays of one section are all the memory that it takes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Final
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from talkoot.protocol import codec_bits as bits
 from talkoot.protocol.codec_bits import Layout
 from talkoot.protocol.errors import ProtocolError
+from talkoot.protocol.kernels import KERNELS
 
 MAX_MAGNITUDE: Final = 2.0**64
 """Largest value that travels. A pseudo-gradient near it is no longer training."""
@@ -68,7 +70,7 @@ def encode_section(flat: Tensor, layout: Layout) -> Coded:
         chosen.append(_select(flat[:body].view(layout.full, layout.chunk), layout.keep))
     if layout.tail:
         chosen.append(_select(flat[body:].view(1, layout.tail), layout.tail_keep))
-    return _quantize(chosen, layout)
+    return quantize(chosen, layout)
 
 
 # Which elements --------------------------------------------------------------------------------
@@ -87,10 +89,12 @@ def select_on_host(rows: bits.F32, keep: int) -> _Chosen:
     the chunk are. Few others reach it; only those are sorted out exactly. Four times as fast as
     ``torch.topk``, which looks at every element several times."""
     number, length = rows.shape
-    magnitude = np.abs(rows)
     groups = length
     while groups % 2 == 0 and groups // 2 >= (2 if groups > _GROUPS else 4) * keep:
         groups //= 2
+    if compiled := KERNELS.after(rows.size):
+        return _select_compiled(compiled, rows, keep, groups)
+    magnitude = np.abs(rows)
     # Neighbours, which are often of one size, fall into different groups.
     coarse = magnitude.reshape(number, length // groups, groups).max(axis=1)  # (number, groups)
     require_sane(coarse)
@@ -109,6 +113,17 @@ def select_on_host(rows: bits.F32, keep: int) -> _Chosen:
         counts = np.minimum(counts, keep)
     local = flat - np.repeat(np.arange(number) * length, counts)
     return _Chosen(length, keep, local.astype(np.int32), np.take(rows.reshape(-1), flat), counts)
+
+
+def _select_compiled(compiled: ModuleType, rows: bits.F32, keep: int, groups: int) -> _Chosen:
+    """The same, compiled."""
+    number, length = rows.shape
+    local = np.empty(number * keep, dtype=np.int32)
+    values = np.empty(number * keep, dtype=np.float32)
+    counts = np.empty(number, dtype=np.int64)
+    size, largest = compiled.select(rows.view(np.int32), keep, groups, local, values, counts)
+    require_sane(np.int32(largest).reshape(1).view(np.float32))
+    return _Chosen(length, keep, local[:size], values[:size], counts)
 
 
 def _largest(found: bits.F32, ends: bits.I64, keep: int) -> bits.I64:
@@ -160,18 +175,17 @@ def select_on_device(rows: Tensor, keep: int) -> _Chosen:
 # As what ---------------------------------------------------------------------------------------
 
 
-def _quantize(parts: list[_Chosen], layout: Layout) -> Coded:
+def quantize(parts: list[_Chosen], layout: Layout) -> Coded:
     """Scales, levels, gaps and codes of the selected values, one part per chunk length."""
-    values = np.concatenate([part.values for part in parts])
-    local = np.concatenate([part.local for part in parts])
-    counts = np.concatenate([part.counts for part in parts])  # (chunks,)
+    if compiled := KERNELS.after(0):
+        return _quantize_compiled(compiled, parts, layout)
+    values, local, counts = _whole(parts)
     scales, scale, base = _scales(values, counts)
     magnitude = np.abs(values)
     magnitude *= np.repeat((1 / scale).astype(np.float32), counts)
     count = 1 << (layout.bits - 1)
     fit = magnitude if magnitude.all() else magnitude[magnitude > 0]
-    levels = bits.fit_levels(fit, count) if fit.size else np.zeros(count)
-    edges = bits.cell_edges(levels).astype(np.float32) if fit.size else np.full(count, np.inf)
+    levels, edges = _levels(*bits.histogram_of(fit), count)
     cells = _cells(magnitude, edges)  # 0: nearer to nothing
     table = np.minimum(levels * base, MAX_MAGNITUDE).astype(np.float32)
     if not cells.all():
@@ -200,6 +214,63 @@ def _quantize(parts: list[_Chosen], layout: Layout) -> Coded:
     )
 
 
+def _quantize_compiled(compiled: ModuleType, parts: list[_Chosen], layout: Layout) -> Coded:
+    """The same, compiled."""
+    values, local, counts = _whole(parts)
+    scales, scale, base = _scales(values, counts)
+    inverse = (1 / scale).astype(np.float32)
+    numbers, sums = np.zeros((2, bits.BINS))
+    compiled.histogram(values, counts, inverse, bits.FIRST_BIN, bits.BIN_SHIFT, numbers, sums)
+    levels, edges = _levels(numbers, sums, 1 << (layout.bits - 1))
+    table = np.minimum(levels * base, MAX_MAGNITUDE).astype(np.float32)
+    gaps = np.empty(layout.entries, dtype=np.int32)
+    codes = np.empty(layout.entries, dtype=np.uint8)
+    indices = np.empty(values.size, dtype=np.int64)
+    read = np.empty(values.size, dtype=np.float32)
+    count = compiled.quantize(
+        values,
+        local,
+        counts,
+        inverse,
+        scales,
+        edges,
+        table.astype(np.float64),
+        bits.scale_grid(),
+        layout.shape,
+        gaps,
+        codes,
+        indices,
+        read,
+    )
+    return Coded(
+        gaps=bits.compress(bits.encode_gaps(gaps).tobytes()),
+        codes=bits.pack_codes(codes, layout.bits),
+        scales=bits.compress(scales.tobytes()),
+        table=table.astype("<f4").tobytes(),
+        indices=indices[:count],
+        values=read[:count],
+    )
+
+
+def _whole(parts: list[_Chosen]) -> tuple[bits.F32, bits.I32, bits.I64]:
+    """Values, positions in their chunk, and how many of each chunk, of all parts."""
+    if len(parts) == 1:
+        return parts[0].values, parts[0].local, parts[0].counts
+    return (
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.local for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+    )
+
+
+def _levels(numbers: bits.F64, sums: bits.F64, count: int) -> tuple[bits.F64, bits.F32]:
+    """Levels relative to the chunk's scale, and the lower edges of their cells."""
+    if not numbers.any():
+        return np.zeros(count), np.full(count, np.inf, dtype=np.float32)
+    levels = bits.fit_levels(numbers, sums, count)
+    return levels, bits.cell_edges(levels).astype(np.float32)
+
+
 def _scales(values: bits.F32, counts: bits.I64) -> tuple[bits.U8, bits.F64, float]:
     """Each chunk's scale byte, the number it stands for (infinite for 0), and the largest chunk's
     root mean square, which all are relative to."""
@@ -221,7 +292,7 @@ def _scales(values: bits.F32, counts: bits.I64) -> tuple[bits.U8, bits.F64, floa
     return scales, scale, base
 
 
-def _cells(magnitude: bits.F32, edges: bits.F64 | bits.F32) -> bits.U8:
+def _cells(magnitude: bits.F32, edges: bits.F32) -> bits.U8:
     """How many edges each magnitude reaches."""
     if edges.size > 8:
         return np.searchsorted(edges, magnitude, side="right").astype(np.uint8)

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -25,6 +25,7 @@ from talkoot.protocol.codec import SparseTensor
 from talkoot.protocol.direct import BLOCK, PastCache, congruent
 from talkoot.protocol.errors import ProtocolError
 from talkoot.protocol.files import atomic_writer, explain_os_error
+from talkoot.protocol.kernels import KERNELS
 from talkoot.protocol.manifest import (
     ITEM_BYTES,
     Manifest,
@@ -238,6 +239,23 @@ def add_sparse_(flat: Tensor, update: SparseTensor) -> tuple[Tensor, Tensor]:
     return before, after
 
 
+def add_sparse_compiled_(
+    compiled: ModuleType,
+    raw: npt.NDArray[np.uint8],
+    dtype: str,
+    update: SparseTensor,
+    moved: npt.NDArray[np.float32],
+) -> bool:
+    """:func:`add_sparse_`, compiled, on the bytes of weights of that dtype.
+
+    ``moved``: (n,) by how much each of those that were sent to changed, a result; (0,) if nobody
+    asks. Whether all of them are finite.
+    """
+    add, view = {"float32": ("add_f32", np.float32), "bfloat16": ("add_bf16", np.uint16)}[dtype]
+    indices, values = update.indices.numpy(), update.values.numpy()
+    return bool(getattr(compiled, add)(raw.view(view), indices, values, moved))
+
+
 def add_sparse(tensor: Tensor, update: SparseTensor) -> Tensor:
     """``tensor + update`` as :func:`add_sparse_` has it. Does not change ``tensor``."""
     flat = tensor.detach().reshape(-1).clone()
@@ -278,8 +296,12 @@ def apply_update(
             size, at = elements * item, writer.place(tensor.name) + start * item
             raw = congruent(np.empty(size + BLOCK, dtype=np.uint8), size, at)
             old.read_into(tensor.name, start * item, raw)
-            flat = torch.from_numpy(raw).view(_TORCH_DTYPE[tensor.dtype])
-            add_sparse_(flat, sections.decode(number))
+            update = sections.decode(number)
+            if compiled := KERNELS.after(0):
+                add_sparse_compiled_(compiled, raw, tensor.dtype, update, np.empty(0, np.float32))
+            else:
+                flat = torch.from_numpy(raw).view(_TORCH_DTYPE[tensor.dtype])
+                add_sparse_(flat, update)
             writer.put(tensor.name, start * item, raw.data)
             return tensor.name, raw.data
 

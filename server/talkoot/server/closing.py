@@ -32,11 +32,12 @@ from talkoot.protocol.codec import (
 from talkoot.protocol.codec_bits import section_elements, section_spans
 from talkoot.protocol.direct import BLOCK, congruent
 from talkoot.protocol.errors import ProtocolError
+from talkoot.protocol.kernels import KERNELS
 from talkoot.protocol.manifest import ITEM_BYTES, Manifest, TensorSpec
 from talkoot.protocol.messages import CodecSpec
 from talkoot.protocol.parallel import in_order
 from talkoot.protocol.payload import PayloadReader, TensorSections
-from talkoot.protocol.weights import WeightsReader, WeightsWriter, add_sparse_
+from talkoot.protocol.weights import WeightsReader, WeightsWriter, add_sparse_, add_sparse_compiled_
 from talkoot.server.outer import OuterSpec, outer_step_
 from talkoot.server.robust import AggregationSpec, sign_majority, trimmed_mean
 
@@ -281,15 +282,21 @@ class Closing:
     def _publish(self, work: _Work, sent: SparseTensor) -> None:
         """Add what is sent to the published weights, as a node does, and leave what they still
         lack: the rounding of what was sent, and a share of what was not."""
-        spec = work.job.spec
+        spec, decay = work.job.spec, self._outer.feedback_decay
+        if compiled := KERNELS.after(0):
+            moved = np.empty(sent.values.numel(), dtype=np.float32)
+            if not add_sparse_compiled_(compiled, work.published, spec.dtype, sent, moved):
+                raise _not_finite(spec.name)
+            compiled.leave(work.lacking, sent.indices.numpy(), moved, decay)
+            return
         published = torch.from_numpy(work.published).view(_DTYPES[spec.dtype])
         old, new = (some.float() for some in add_sparse_(published, sent))
         if not np.isfinite(new.numpy()).all():
             raise _not_finite(spec.name)
         lacking = torch.from_numpy(work.lacking)
         rounding = lacking.index_select(0, sent.indices) - (new - old)
-        if self._outer.feedback_decay < 1:
-            lacking *= self._outer.feedback_decay
+        if decay < 1:
+            lacking *= decay
         lacking.scatter_(0, sent.indices, rounding)
 
     @contextmanager
@@ -308,10 +315,17 @@ def mean_into(
     """
     total.fill(0.0)
     weights.fill(0.0)
+    compiled = KERNELS.after(0)
     for sparse, weight, factor in parts:
-        indices = sparse.indices.numpy()
-        np.add.at(total, indices, sparse.values.numpy() * np.float32(weight * factor))
+        indices, values = sparse.indices.numpy(), sparse.values.numpy()
+        if compiled:
+            compiled.accumulate(total, weights, indices, values, weight * factor, weight)
+            continue
+        np.add.at(total, indices, values * np.float32(weight * factor))
         np.add.at(weights, indices, np.float32(weight))
+    if compiled:
+        compiled.divide(total, weights)
+        return total
     # Where nobody sent anything both are 0, and what they are divided by may be anything.
     torch.from_numpy(weights).clamp_(min=torch.finfo(torch.float32).tiny)
     np.divide(total, weights, out=total)
