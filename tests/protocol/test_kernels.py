@@ -280,3 +280,16 @@ def test_numba_is_not_imported_with_the_codec() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"
+
+
+def test_a_process_that_may_not_run_what_it_writes_stays_with_numpy() -> None:
+    """As under systemd's MemoryDenyWriteExecute, or SELinux."""
+    code = (
+        "import ctypes; denied = ctypes.CDLL(None).prctl(65, 1, 0, 0, 0);"  # PR_SET_MDWE
+        "from talkoot.protocol.kernels import Kernels; print(denied, Kernels(1).after(2))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    denied, found = told.stdout.split()
+    if denied != "0":
+        pytest.skip("this kernel cannot deny it (Linux 6.3 can)")
+    assert found == "None"
