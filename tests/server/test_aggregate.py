@@ -7,6 +7,7 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -30,6 +31,7 @@ from talkoot.server.aggregate import (
     clip_factors,
     initial_state,
 )
+from talkoot.server.averaging import AT_ONCE, BLOCK_ELEMENTS
 from talkoot.server.outer import OuterSpec, outer_step
 from talkoot.server.robust import AggregationSpec
 
@@ -412,3 +414,20 @@ def test_a_coordinate_is_averaged_over_those_who_sent_it() -> None:
     ]
     expected = torch.tensor([4.0, 0.0, (8 + 1) / 1.25, 1.0, 0.0])
     assert torch.equal(average(5, parts), expected)
+
+
+@pytest.mark.parametrize("senders", [3, AT_ONCE, AT_ONCE + 1, 2 * AT_ONCE + 5])
+def test_blocks_and_groups_of_contributors_change_no_bit_of_the_mean(senders: int) -> None:
+    numel = 2 * BLOCK_ELEMENTS + 77
+    total, weights = np.zeros((2, numel), dtype=np.float32)
+    parts = []
+    for node in range(senders):
+        generator = torch.Generator().manual_seed(node)
+        indices = torch.randperm(numel, generator=generator)[:2000].sort().values
+        values = torch.randn(indices.numel(), generator=generator)
+        weight, factor = 1 / (node + 1), 1 - node / 100
+        parts.append((SparseTensor(indices, values), weight, factor))
+        total[indices.numpy()] += values.numpy() * np.float32(weight * factor)
+        weights[indices.numpy()] += np.float32(weight)
+    expected = total / np.where(weights > 0, weights, np.float32(1))
+    assert average(numel, parts).numpy().tobytes() == expected.tobytes()

@@ -385,7 +385,9 @@ def quantize(
     return count
 
 
-@_compiled(types.none, _F32, _F32, _of(_INT), _of(types.float32), types.float32, types.float32)
+@_compiled(
+    types.none, _F32, _F32, _of(_INT), _of(types.float32), types.float32, types.float32, _INT
+)
 def accumulate(
     total: bits.F32,
     weights: bits.F32,
@@ -393,11 +395,12 @@ def accumulate(
     values: bits.F32,
     factor: np.float32,
     weight: np.float32,
+    start: int,
 ) -> None:
-    """``total[indices] += factor * values`` and ``weights[indices] += weight``, one by one."""
+    """``total[indices - start] += factor * values`` and ``weights[…] += weight``, one by one."""
     size = total.size
     for i in range(indices.size):
-        at = indices[i]
+        at = indices[i] - start
         if 0 <= at < size:
             total[at] += values[i] * factor
             weights[at] += weight

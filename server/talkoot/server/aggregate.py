@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +33,8 @@ from talkoot.protocol.manifest import Manifest
 from talkoot.protocol.messages import CodecSpec
 from talkoot.protocol.payload import PayloadReader, write_payload
 from talkoot.protocol.weights import WeightsReader, WeightsWriter, save_weights
-from talkoot.server.closing import Clock, Closing, How, NewState, OldState, Part, mean_into
+from talkoot.server.averaging import mean_by_block
+from talkoot.server.closing import Clock, Closing, How, NewState, OldState, Part
 from talkoot.server.outer import OuterSpec, outer_step
 from talkoot.server.robust import AggregationSpec
 
@@ -151,8 +151,10 @@ def average(numel: int, parts: Sequence[tuple[SparseTensor, float, float]]) -> T
     ``parts``: (values, weight, factor) of each contribution; the values are scaled by the factor
     and averaged with the weights: ``sum(w * f * v) / sum(w)``, added up in the order given.
     """
-    total, weights = np.empty((2, numel), dtype=np.float32)
-    return torch.from_numpy(mean_into(total, weights, iter(parts)))
+    mean = torch.empty(numel)
+    for span, block in mean_by_block(numel, iter(parts)):
+        mean[span] = torch.from_numpy(block)
+    return mean
 
 
 def initial_state(manifest: Manifest, get: Callable[[str], Tensor], out_dir: Path) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import queue
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from talkoot.protocol.messages import CodecSpec
 from talkoot.protocol.parallel import in_order
 from talkoot.protocol.payload import PayloadReader, TensorSections
 from talkoot.protocol.weights import WeightsReader, WeightsWriter, add_sparse_, add_sparse_compiled_
+from talkoot.server.averaging import mean_by_block
 from talkoot.server.outer import OuterSpec, outer_step_
 from talkoot.server.robust import AggregationSpec, sign_majority, trimmed_mean
 
@@ -154,7 +154,6 @@ class Closing:
         self._workers = how.workers
         self._clock = how.clock
         self._spare: queue.SimpleQueue[_Buffers] = queue.SimpleQueue()
-        self._local = threading.local()
         # Sections are 2**20 elements unless a chunk is no power of two.
         self._aligned = section_elements(how.uplink) == section_elements(downlink)
         self._elements = max(spec.numel for spec in manifest.tensors)
@@ -216,11 +215,7 @@ class Closing:
         return _Work(job, buffers, published, lacking, momentum)
 
     def _section(self, work: _Work) -> _Done:
-        with self._stage("decode"):
-            mean = self._combine(work.job)
-        squares = _sum_of_squares(mean)
-        with self._stage("outer"):
-            momentum = self._step(work, mean)
+        momentum, squares = self._move(work)
         with self._stage("encode"):
             sections, sent = self._encode(work.job, work.lacking)
             self._publish(work, sent)
@@ -243,33 +238,47 @@ class Closing:
         self._spare.put(work.buffers)
         return done
 
-    def _combine(self, job: _Job) -> bits.F32:
-        """The averaged pseudo-gradient of a section."""
+    def _means(self, job: _Job) -> Iterator[tuple[slice, bits.F32]]:
+        """The averaged pseudo-gradient of a section, block by block."""
         decoded = (
             (part.decode_all() if job.number is None else part.decode(job.number), w, f)
             for part, w, f in job.parts
         )
+        whole = slice(0, job.elements)
         if self._rule.rule == "trimmed-mean":
-            return trimmed_mean(job.elements, list(decoded), self._rule.trim).numpy()
-        if self._rule.rule == "sign-majority":
-            return sign_majority(job.elements, list(decoded)).numpy()
-        total, weights = self._scratch(job.elements)  # geometric median: through the influences
-        return mean_into(total, weights, decoded)
+            yield whole, trimmed_mean(job.elements, list(decoded), self._rule.trim).numpy()
+        elif self._rule.rule == "sign-majority":
+            yield whole, sign_majority(job.elements, list(decoded)).numpy()
+        else:  # geometric median: through the influences
+            yield from mean_by_block(job.elements, decoded)
 
-    def _scratch(self, elements: int) -> tuple[bits.F32, bits.F32]:
-        """Two arrays of this thread's own."""
-        held = getattr(self._local, "scratch", None)
-        if held is None:
-            held = self._local.scratch = np.empty((2, self._elements), dtype=np.float32)
-        return held[0, :elements], held[1, :elements]
+    def _move(self, work: _Work) -> tuple[bits.F32 | None, float]:
+        """Move what the published weights lack by one outer step; the new momentum, and the
+        averaged pseudo-gradient's sum of squares."""
+        means, old = self._means(work.job), work.momentum
+        squares: list[float] = []
+        new = np.empty(work.job.elements, np.float32) if self._outer.has_state else None
+        while True:
+            with self._stage("decode"):
+                found = next(means, None)
+            if found is None:
+                return new, math.fsum(squares)
+            span, mean = found
+            squares.append(_sum_of_squares(mean))
+            with self._stage("outer"):
+                momentum = self._step(work.lacking[span], mean, None if old is None else old[span])
+            if new is not None and momentum is not None:
+                new[span] = momentum
 
-    def _step(self, work: _Work, mean: bits.F32) -> bits.F32 | None:
-        """Move what the published weights lack by one outer step; the new momentum."""
-        old = None if work.momentum is None else torch.from_numpy(work.momentum)
-        momentum = outer_step_(
-            self._outer, torch.from_numpy(work.lacking), torch.from_numpy(mean), old
-        )
-        return None if momentum is None else momentum.numpy()
+    def _step(
+        self, lacking: bits.F32, mean: bits.F32, momentum: bits.F32 | None
+    ) -> bits.F32 | None:
+        if self._outer.optimizer == "sgd" and self._outer.learning_rate == 1:
+            np.subtract(lacking, mean, out=lacking)  # torch's bits, without its threads
+            return None
+        old = None if momentum is None else torch.from_numpy(momentum)
+        made = outer_step_(self._outer, torch.from_numpy(lacking), torch.from_numpy(mean), old)
+        return None if made is None else made.numpy()
 
     def _encode(self, job: _Job, total: bits.F32) -> tuple[Sequence[EncodedSection], SparseTensor]:
         flat, spans = torch.from_numpy(total), section_spans(job.elements, self._downlink)
@@ -304,32 +313,6 @@ class Closing:
         began = self._clock()
         yield
         self.seconds[name] += self._clock() - began
-
-
-def mean_into(
-    total: bits.F32, weights: bits.F32, parts: Iterator[tuple[SparseTensor, float, float]]
-) -> bits.F32:
-    """``sum(w * f * v) / sum(w)`` of each coordinate over those who sent it, in ``total``.
-
-    0 where nobody did. Contributions are added up in the order given. ``weights`` is scratch.
-    """
-    total.fill(0.0)
-    weights.fill(0.0)
-    compiled = KERNELS.after(0)
-    for sparse, weight, factor in parts:
-        indices, values = sparse.indices.numpy(), sparse.values.numpy()
-        if compiled:
-            compiled.accumulate(total, weights, indices, values, weight * factor, weight)
-            continue
-        np.add.at(total, indices, values * np.float32(weight * factor))
-        np.add.at(weights, indices, np.float32(weight))
-    if compiled:
-        compiled.divide(total, weights)
-        return total
-    # Where nobody sent anything both are 0, and what they are divided by may be anything.
-    torch.from_numpy(weights).clamp_(min=torch.finfo(torch.float32).tiny)
-    np.divide(total, weights, out=total)
-    return total
 
 
 def _sum_of_squares(values: bits.F32) -> float:
