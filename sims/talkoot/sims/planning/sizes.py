@@ -15,12 +15,13 @@ from talkoot.sims.scenario import Scenario
 
 WIRE: Final = 1.04
 """Bytes on the line for one of content: TCP/IP headers (40 of 1500), TLS records, gRPC frames."""
-VERIFY_NS: Final = 0.5
+VERIFY_NS: Final = 0.4
 """Per parameter, contribution and core: decoding a payload before it is accepted (docs/LOG.md)."""
-AGGREGATE_NS: Final = 0.15
+AGGREGATE_NS: Final = 0.4
 """Per parameter, contribution and core, when a round is closed (docs/LOG.md)."""
-PUBLISH_NS: Final = 38.0
-"""Per parameter: outer step, encoding, hashing, writing; however many contributed."""
+PUBLISH_NS: Final = 10.0
+"""Per parameter, two cores: reading, outer step, encoding, hashing, writing; however many
+contributed."""
 ENCODE_NS: Final = 5.0
 """Per parameter at 64 of 4096: a node's payload, on one CPU core. A GPU selects faster."""
 APPLY_NS: Final = 4.0
