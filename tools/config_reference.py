@@ -33,6 +33,7 @@ _UNITS = (
     ("_tokens", "tokens"),
     ("sequence_length", "tokens"),
     ("micro_batch", "sequences"),
+    ("max_steps", "steps"),
     ("_bits", "bits"),
     ("_every", "rounds"),
     ("rounds", "rounds"),

@@ -131,6 +131,109 @@ def test_a_lease_that_was_stopped_anywhere_ends_with_the_same_payload(
             trainer.settle(task.lease.lease_id, accepted=True)
 
 
+def with_steps(run: RunFiles, most: int) -> RunFiles:
+    inner = run.spec.inner.model_copy(update={"max_steps": most})
+    return replace(run, spec=run.spec.model_copy(update={"inner": inner}))
+
+
+def test_a_long_lease_takes_larger_steps_and_one_stopped_within_a_step_ends_with_the_same_bits(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    plain_run = make_run()
+    run = with_steps(plain_run, 5)
+    task, blocks = run.task(range(4))  # 8 batches: steps of 1, 2, 1, 2 and 2
+    plain = synced(plain_run, tmp_path / "plain").train(task, blocks)
+    whole = synced(run, tmp_path / "whole")
+    reports: list[dict[str, Any]] = []
+    expected = whole.train(task, blocks, on_progress=reports.append)
+    assert (plain["steps"], expected["steps"]) == (8, 5)
+    assert expected["tokens"] == plain["tokens"] == 4 * 512
+    assert expected["digest"] != plain["digest"]
+    assert (reports[-1]["step"], {r["steps"] for r in reports}) == (5, {5})
+    assert whole._opened.work.state.moments.steps == 5  # type: ignore[union-attr]
+
+    done = []
+    for asked in (2, 4):  # in the midst of the second step, and of the fourth
+        broken = opened(run, tmp_path / "broken")
+        if asked == 2:
+            broken.sync(0, run.weights_digest, (0, run.weights), [])
+        with pytest.raises(UnavailableError, match="stopped after step"):
+            broken.train(task, blocks, should_stop=_after(asked))
+        checkpoint = broken._opened.work.checkpoint
+        assert checkpoint is not None
+        done.append((checkpoint.step, checkpoint.batch, checkpoint.steps, checkpoint.batches))
+    assert done == [(1, 1, 5, 8), (3, 4, 5, 8)]
+    result = opened(run, tmp_path / "broken").train(task, blocks)
+    assert (result["digest"], result["loss"]) == (expected["digest"], expected["loss"])
+
+
+@pytest.mark.parametrize("fell_after", [None, 0, 2])
+def test_a_replay_makes_the_steps_that_the_node_s_recipes_made(
+    make_run: MakeRun, tmp_path: Path, fell_after: int | None
+) -> None:
+    # Without clipping these two are the same to the bit, but for which batches make a step.
+    run = with_steps(make_run(InnerSpec(clip_norm=0, rate_power=0.5)), 3)
+    task, blocks = run.task(range(4))
+    task = task.model_copy(update={"fresh_state": True})
+    first = Trainer(tmp_path / "work", "cpu", recipe="fp32-adamw-ckpt")
+    first.open(run.spec, *run.open_paths)
+    first.sync(0, run.weights_digest, (0, run.weights), [])
+    if fell_after is None:
+        sent = first.train(task, blocks)
+        assert sent["steps"] == 3  # of 2, 3 and 3 batches
+    else:
+        asked = {0: 0, 2: 5}[fell_after]
+        with pytest.raises(UnavailableError, match=f"after step {fell_after} of 3"):
+            first.train(task, blocks, should_stop=_after(asked))
+        second = Trainer(tmp_path / "work", "cpu", recipe="fp32-backward-adamw")
+        second.open(run.spec, *run.open_paths)
+        sent = second.train(task, blocks)
+        assert sent["steps"] == {0: 8, 2: 2 + 3}[fell_after]
+    job = ReplayJob(
+        config=dict(first._opened.config),
+        spec=run.spec,
+        manifest=run.manifest,
+        corpus=run.corpus,
+        task=task,
+        base=run.weights,
+        blocks=blocks,
+        recipe=recipes.get("fp32-adamw-ckpt"),
+        steps=sent["steps"],
+    )
+    replayed = tmp_path / "replay.safetensors"
+    assert replay_lease(job, replayed) == pytest.approx(sent["loss"], abs=1e-9)
+    assert sha256_file(replayed)[0] == sent["digest"]
+
+
+def test_a_lease_of_few_batches_is_as_if_there_were_no_most_steps(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    task, blocks = run.task(range(2))
+    one, two = synced(run, tmp_path / "one"), synced(with_steps(run, 4), tmp_path / "two")
+    assert one.train(task, blocks)["digest"] == two.train(task, blocks)["digest"]
+
+
+def test_a_proof_where_steps_may_be_of_several_batches_is_made_of_such(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run()
+    joined = with_steps(run, 4)
+    plain = opened(run, tmp_path / "one").prove(NONCE)
+    proof = opened(joined, tmp_path / "two").prove(NONCE)
+    assert proof["predicted_bytes"] > plain["predicted_bytes"]
+    assert proof["sketch"] != plain["sketch"]
+    loss, sketch = proof_result(
+        opened(joined, tmp_path / "three")._opened.config,
+        NONCE,
+        sequence_length=run.spec.sequence_length,
+        micro_batch=run.spec.micro_batch,
+        inner=joined.spec.inner,
+    )
+    assert loss == pytest.approx(proof["loss"])
+    assert sketch == proof["sketch"]
+
+
 def _after(calls: int) -> Callable[[], bool]:
     """A ``should_stop`` that says yes once it has been asked ``calls`` times."""
     left = iter(range(calls))
@@ -320,6 +423,7 @@ def test_a_lease_with_fresh_state_is_the_same_whatever_its_node_did_before(
         base=run.weights,
         blocks=blocks,
         recipe=recipes.get("fp32-adamw"),
+        steps=sent["steps"],
     )
     replayed = tmp_path / "replay.safetensors"
     assert replay_lease(job, replayed) == pytest.approx(sent["loss"], abs=1e-12)
@@ -541,6 +645,7 @@ def test_a_lease_of_another_recipe_survives_a_stop_and_is_repeated_to_the_same_p
         base=run.weights,
         blocks=blocks,
         recipe=recipes.get(recipe),
+        steps=whole["steps"],
     )
     replay_lease(job, tmp_path / "replay.safetensors")
     assert sha256_file(tmp_path / "replay.safetensors")[0] == whole["digest"]

@@ -22,11 +22,17 @@ TABLE = 0.06
 def test_the_closed_form_is_within_six_per_cent_of_the_simulated_table() -> None:
     checked = 0
     for key, rows in plans.table().items():
-        _, length, batch = key.split("/")
+        _, length, batch, *rest = key.split("/")
         for name, row in rows.items():
             plan = MemoryPlan.from_dict({**row, "source": "table"})
             config = preset(row["model"])
-            formula = predict(config, int(length), int(batch), recipe=get(name))
+            formula = predict(
+                config,
+                int(length),
+                int(batch),
+                recipe=get(name),
+                accumulated=rest == ["accumulated"],
+            )
             for part in ("allocated_bytes", "device_bytes", "host_bytes", "disk_bytes"):
                 assert getattr(formula, part) == pytest.approx(getattr(plan, part), rel=TABLE), name
             checked += 1
@@ -50,10 +56,17 @@ def test_of_small_models_it_is_within_a_fifth_of_the_simulation(
 ) -> None:
     torch.set_num_threads(1)
     config = {**preset("small"), **change}
-    simulated = simulate(config, get(name), sequence_length=length, micro_batch=batch)
-    formula = predict(config, length, batch, recipe=get(name))
-    assert formula.allocated_bytes == pytest.approx(simulated.allocated_bytes, rel=0.2)
-    assert formula.disk_bytes == pytest.approx(simulated.disk_bytes, rel=0.02)
+    for accumulated in (False, True):
+        simulated = simulate(
+            config,
+            get(name),
+            sequence_length=length,
+            micro_batch=batch,
+            accumulated=accumulated,
+        )
+        formula = predict(config, length, batch, recipe=get(name), accumulated=accumulated)
+        assert formula.allocated_bytes == pytest.approx(simulated.allocated_bytes, rel=0.2)
+        assert formula.disk_bytes == pytest.approx(simulated.disk_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["small", "llama-2-7b", "mistral-7b", "smollm2-135m"])

@@ -20,6 +20,7 @@ from talkoot.protocol.errors import TalkootError
 from talkoot.protocol.messages import CodecSpec, InnerSpec
 from talkoot.protocol.recipes import RECIPES
 from talkoot.protocol.replica import Replica, new_replica, on_host, tier
+from talkoot.protocol.rules import FIRST
 
 CONFIG = {
     "model_type": "llama",
@@ -79,6 +80,53 @@ def test_the_loss_falls_and_a_resumed_replica_repeats_the_same_bits(name: str) -
     for ids in data[20:]:
         assert replica.step(ids, 1e-2) == resumed.step(ids, 1e-2)
     assert same(replica, resumed)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("fp32-adamw", 1e-6),
+        ("fp32-adamw-ckpt", 1e-6),
+        ("fp32-offload-adamw", 1e-6),
+        ("amp-adamw", 1e-2),
+        ("bf16-adamw", 2e-2),
+        ("bf16-offload-adamw", 2e-2),
+    ],
+)
+def test_gradients_summed_over_batches_are_those_of_one_batch_with_all_their_sequences(
+    name: str, tolerance: float
+) -> None:
+    # AdamW's first moment after one step is a tenth of the gradient, clipping included.
+    inner = InnerSpec(clip_norm=0.05)  # so that it is the sum that is clipped
+    ids = torch.cat(batches(4))[:7]  # the last batch is smaller
+    whole, summed = made(name, inner=inner), made(name, inner=inner)
+    losses = whole.step(ids, 1e-3), summed.step(torch.split(ids, 2), 1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=max(tolerance, 1e-6))
+    assert (whole.steps, summed.steps) == (1, 1)
+    assert all(parameter.grad is None for parameter in summed.model.parameters())
+    moments = [
+        torch.cat([t.float().reshape(-1) for key, t in one.state() if key.startswith(f"{FIRST}:")])
+        for one in (whole, summed)
+    ]
+    assert torch.linalg.vector_norm(moments[0]) == pytest.approx(0.05 * 0.1, rel=0.02)
+    away = torch.linalg.vector_norm(moments[0] - moments[1])
+    assert away <= tolerance * torch.linalg.vector_norm(moments[0])
+
+
+def test_with_fp32_on_the_device_summing_on_the_host_is_summing_on_the_device_to_the_bit() -> None:
+    kept, offloaded = made("fp32-adamw-ckpt"), made("fp32-offload-adamw")
+    data = batches(6)
+    for start in (0, 3):
+        group = data[start : start + 3]
+        assert kept.step(group, 1e-3) == offloaded.step(group, 1e-3)
+    assert same(kept, offloaded)
+
+
+def test_a_recipe_that_frees_gradients_in_the_backward_pass_refuses_to_sum_them() -> None:
+    replica = made("fp32-backward-adamw")
+    with pytest.raises(ValueError, match="cannot accumulate"):
+        replica.step(batches(2), 1e-3)
+    assert replica.step(batches(1), 1e-3) > 5
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -20,7 +20,7 @@ from talkoot.protocol.proof import (
     sketch_distance,
     sketch_tolerance,
 )
-from talkoot.protocol.schedule import feedback_share, learning_rate, lease_position
+from talkoot.protocol.schedule import feedback_share, learning_rate, lease_position, step_rate
 
 SPEC = InnerSpec(
     learning_rate=1e-3, final_learning_rate_ratio=0.1, warmup_tokens=1000, total_tokens=11_000
@@ -103,6 +103,12 @@ def test_the_rate_is_always_between_zero_and_the_peak(
         decay_share=share,
     )
     assert 0 <= learning_rate(spec, tokens) <= 1e-3 * (1 + 1e-12)
+
+
+def test_a_step_of_more_batches_has_a_higher_rate_only_if_the_run_says_so() -> None:
+    root = SPEC.model_copy(update={"rate_power": 0.5})
+    assert step_rate(SPEC, 6000, 4) == step_rate(root, 6000, 1) == learning_rate(SPEC, 6000)
+    assert step_rate(root, 6000, 4) == pytest.approx(2 * learning_rate(SPEC, 6000))
 
 
 def test_a_lease_moves_through_its_round_by_its_own_fraction() -> None:

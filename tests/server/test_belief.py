@@ -13,6 +13,8 @@ from talkoot.protocol.codec import encode_tensor
 from talkoot.protocol.errors import ConfigError
 from talkoot.protocol.messages import ArtifactRef, RoundTask, Verdict
 from talkoot.protocol.payload import PayloadReader, write_payload
+from talkoot.protocol.steps import steps_of
+from talkoot.server.acceptance import effort_of
 from talkoot.server.belief import Belief
 from talkoot.server.ledger.schema import JudgementRecord, ValidationRecord
 from talkoot.server.validator import Validator
@@ -85,6 +87,20 @@ def test_what_cannot_be_is_refused_from_the_first_contribution_on(
     task = opened(site, "anna")["anna"]
     ref = site.push(task.lease.node_id, task.lease.lease_id, seed=1, scale=scale)
     assert submit(site, task, ref, **changes).code == code
+
+
+def test_of_claimed_steps_as_many_count_as_the_lease_can_have_been_trained_in(site: Site) -> None:
+    task, spec = opened(site, "anna")["anna"], site.coordinator.spec
+    batches = steps_of(spec, task.lease.tokens).batches
+    assert [effort_of(spec, task, n).steps for n in (1, batches, 99)] == [batches] * 3
+    inner = spec.inner.model_copy(update={"max_steps": 2, "rate_power": 0.5, "total_tokens": 0})
+    joined = spec.model_copy(update={"inner": inner})
+    claims = range(1, batches + 2)
+    efforts = [effort_of(joined, task, claimed) for claimed in claims]
+    assert [e.steps for e in efforts] == [min(max(n, 2), batches) for n in claims]
+    rate = inner.learning_rate
+    assert efforts[1].rate_sum == pytest.approx(2 * rate * (batches / 2) ** 0.5)
+    assert efforts[-1].rate_sum == pytest.approx(batches * rate)
 
 
 def test_a_reversed_contribution_moves_nothing_and_its_node_ends_in_quarantine_until_a_pardon(

@@ -387,6 +387,7 @@ def predict(
     recipe: Recipe | None = None,
     parameters: int | None = None,
     adapter: AdapterSpec | None = None,
+    accumulated: bool = False,
 ) -> MemoryPlan:
     """Predict the peak of one replica in closed form.
 
@@ -398,6 +399,8 @@ def predict(
         parameters: the exact count where it is known (``RunSpec.parameters``); otherwise it is
             derived from the config without biases. Of an adapter run this counts the adapters.
         adapter: of an adapter run.
+        accumulated: steps may be of several batches (``InnerSpec.max_steps``): a recipe that keeps
+            gradients on the device then has all of them there in the next forward pass.
 
     Raises:
         ConfigError: the config lacks a number that is needed, or the recipe is for the other kind
@@ -422,13 +425,16 @@ def predict(
     # Gradients grow while activations shrink, layer by layer, so the peak is at one of the ends.
     first = terms.kept + terms.logits
     if how.gradients == "kept":
+        # Those of the batches before stay, and what a pass makes is added to them tensor by tensor.
+        summed = terms.gradients if accumulated else 0
+        beside = width * terms.widest if accumulated else 0
         peaks = {
-            "forward": first,
+            "forward": summed + first,
             "backward": max(
-                terms.kept + terms.logits // 3 + terms.head,
-                terms.kept + terms.head + terms.layer,
-                terms.gradients + terms.layer,
-                terms.gradients + tied,
+                summed + terms.kept + terms.logits // 3 + terms.head,
+                summed + terms.kept + terms.head + terms.layer,
+                terms.gradients + terms.layer + beside,
+                terms.gradients + tied + (terms.head if accumulated else 0),
             ),
             "update": terms.gradients + terms.update,
         }

@@ -137,6 +137,12 @@ class InnerSpec(Message):
     """Decoupled; on matrices only."""
     clip_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Global gradient norm; 0 is no clipping."""
+    max_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Optimizer steps of a lease at most: a longer one sums the gradients of several batches of
+    ``micro_batch`` sequences before a step, if its recipe can (ADR 28). 0: a step of each batch."""
+    rate_power: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """A step of ``n`` batches has ``n`` to this power times the rate, which is that of one batch.
+    0.5 is the square-root rule for Adam (arXiv 2205.10287); 0: one rate for all."""
 
 
 class AdapterSpec(Message):
@@ -177,7 +183,8 @@ class RunSpec(Message):
     parameters: Count
     sequence_length: Annotated[int, Field(ge=2, le=2**20)]
     micro_batch: Annotated[int, Field(ge=1, le=4096)]
-    """Sequences in one forward pass, and in one inner step."""
+    """Sequences in one forward pass; in one inner step, too, unless ``inner.max_steps`` joins
+    several."""
     inner: InnerSpec
     uplink: CodecSpec
     downlink: CodecSpec

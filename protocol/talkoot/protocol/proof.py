@@ -71,6 +71,12 @@ def proof_tokens(
     return ids.reshape(steps, micro_batch, sequence_length)
 
 
+def proof_batches(inner: InnerSpec, recipe: Recipe) -> int:
+    """Batches in one step of a proof: two where leases may have such steps, as the gradients of the
+    first are then alive beside all of the second, and the peak must be seen."""
+    return 2 if inner.max_steps and recipe.accumulates else 1
+
+
 def proof_steps(
     config: dict[str, Any],
     nonce: str,
@@ -89,6 +95,7 @@ def proof_steps(
     In an adapter run the nonce decides the frozen weights, too. ``recipe`` (None is the reference
     of the kind of run) at full sequence and micro-batch, with the run's inner
     optimizer at the schedule's peak rate (no warm-up), so that the moments are allocated and used.
+    A step is of :func:`proof_batches` batches.
 
     ``mark`` gets the fingerprint of what the steps changed, after the last of them: it cannot be
     had without doing them, while the loss of a model that knows nothing is close to the logarithm
@@ -102,20 +109,21 @@ def proof_steps(
 
     from talkoot.protocol.replica import new_replica
 
+    chosen = reference(adapter is not None) if recipe is None else recipe
+    batches = proof_batches(inner, chosen)
     tokens = proof_tokens(
         nonce,
         steps=steps,
-        micro_batch=micro_batch,
+        micro_batch=batches * micro_batch,
         sequence_length=sequence_length,
         vocabulary=int(config["vocab_size"]),
     )
-    chosen = reference(adapter is not None) if recipe is None else recipe
     seed = proof_seed(nonce)
     replica = new_replica(config, chosen, inner, seed=seed, device=device, adapter=adapter)
     rate = learning_rate(inner, max(0, inner.warmup_tokens - inner.start_tokens))
     before = _sketch(replica.weights(), seed)
-    for batch in tokens:
-        yield replica.step(torch.from_numpy(batch).to(device), rate)
+    for ids in tokens:
+        yield replica.step(torch.split(torch.from_numpy(ids).to(device), micro_batch), rate)
     if mark is not None:
         after = _sketch(replica.weights(), seed)
         mark.extend(b - a for a, b in zip(before, after, strict=True))

@@ -84,7 +84,7 @@ class Recipe:
 
     @property
     def accumulates(self) -> bool:
-        """Whether gradients of several micro-batches could be summed before a step."""
+        """Whether gradients of several batches can be summed before a step (``steps.py``)."""
         return self.gradients != "in-backward"
 
     def bytes_per_parameter(self, device: str) -> float:

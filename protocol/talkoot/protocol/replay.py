@@ -24,7 +24,7 @@ from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.payload import write_payload
 from talkoot.protocol.recipes import Recipe
 from talkoot.protocol.replica import new_replica, rounding_seed
-from talkoot.protocol.schedule import learning_rate, lease_position
+from talkoot.protocol.schedule import lease_position, step_rate
 from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader
 
@@ -44,7 +44,10 @@ class ReplayJob:
     blocks: Sequence[Path]
     """Files of the lease's blocks, in its order."""
     recipe: Recipe
-    """What it is repeated with."""
+    """What it is repeated with; it accumulates."""
+    steps: int
+    """That the contribution claims: they tell whether, and from where on, its node's recipe made
+    a step of each batch (``steps.py``)."""
     frozen: Path | None = None
     """The frozen weights of an adapter run."""
 
@@ -81,18 +84,22 @@ def replay_lease(
     replica.load_weights(base.get)
     replica.seed = rounding_seed(task.lease.lease_id)
     losses = []
-    for step in range(sequences.steps):
+    batch, step = 0, 0
+    while batch < sequences.steps.batches:
         if should_stop():
             raise UnavailableError("The replay was stopped.", code="stopped")
-        ids = sequences.batch(step).to(device)
+        accumulates = step + sequences.steps.left(batch, False) > job.steps
+        end = sequences.steps.end(batch, accumulates)
+        ids = [sequences.batch(number).to(device) for number in range(batch, end)]
         position = lease_position(
             task.tokens_before,
             task.tokens_round,
-            sequences.tokens_after(step + 1),
+            sequences.tokens_after(end),
             sequences.tokens,
         )
-        loss = replica.step(ids, learning_rate(spec.inner, position))
-        losses.append(loss * ids.shape[0])
+        loss = replica.step(ids, step_rate(spec.inner, position, len(ids)))
+        losses.append(loss * sum(map(len, ids)))
+        batch, step = end, step + 1
 
     def encoded() -> Iterator[tuple[str, EncodedTensor]]:
         for name, weight in replica.weights():

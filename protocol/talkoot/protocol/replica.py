@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -96,27 +96,32 @@ class Replica:
     def _make_states(self, tensor: Tensor) -> States:
         return self._rule.states(tensor)
 
-    def _update_all(self, loss: Tensor, learning_rate: float) -> float:
-        """Backward pass and update; returns the loss. Raises as :meth:`step` does."""
+    def _update_all(self, batches: Sequence[Tensor], learning_rate: float) -> float:
+        """Passes and update; returns the loss. Raises as :meth:`step` does."""
         raise NotImplementedError
 
     # The step -------------------------------------------------------------------------------------
 
-    def step(self, ids: Tensor, learning_rate: float) -> float:
+    def step(self, ids: Tensor | Sequence[Tensor], learning_rate: float) -> float:
         """One inner step in place; returns the loss before it, in nats per token.
 
         Args:
             ids: (sequences, sequence_length) int64 on the model's device. Each token but the last
-                of a sequence predicts the next one.
+                of a sequence predicts the next one. Or several of them, one after the other, whose
+                gradients are summed: the step is that of one batch with all their sequences.
             learning_rate: of this step.
 
         Raises:
+            ValueError: several batches, and a recipe that cannot accumulate.
             TalkootError: code ``"non-finite-loss"``: the loss or the gradient is NaN or infinite.
                 Load weights and state again: a recipe that updates in the backward pass may have
                 spoiled them.
         """
+        batches = [ids] if isinstance(ids, Tensor) else ids
+        if len(batches) > 1 and not self.recipe.accumulates:
+            raise ValueError(f"{self.recipe.name} cannot accumulate")
         try:
-            value = self._update_all(self._loss(ids), learning_rate)
+            value = self._update_all(batches, learning_rate)
         finally:
             for _, parameter in self._parameters:
                 parameter.grad = None
@@ -130,6 +135,22 @@ class Replica:
             loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         self.on_phase("backward")
         return loss
+
+    def _backward(self, batches: Sequence[Tensor]) -> Tensor:
+        """Add up the gradients of the mean loss over all sequences, which are of one length;
+        that loss."""
+        count = sum(batch.shape[0] for batch in batches)
+        total: Tensor | None = None
+        for batch in batches:
+            loss = self._loss(batch)
+            if len(batches) > 1:  # one batch is not even multiplied with 1: to the bit as ever
+                loss = loss * (batch.shape[0] / count)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own method is not annotated
+            value = loss.detach()
+            total = value if total is None else total + value
+            del loss  # and the graph, before the next forward pass
+        assert total is not None
+        return total
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.recipe.compute == self.recipe.weights:
@@ -208,9 +229,9 @@ class Replica:
 class KeptReplica(Replica):
     """All gradients live until the step."""
 
-    def _update_all(self, loss: Tensor, learning_rate: float) -> float:
+    def _update_all(self, batches: Sequence[Tensor], learning_rate: float) -> float:
         """Nothing has changed when it raises."""
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own method is not annotated
+        loss = self._backward(batches)
         self.on_phase("update")
         gradients = [parameter.grad for _, parameter in self._parameters]
         return self._update_from(loss, gradients, learning_rate)
@@ -225,7 +246,7 @@ class KeptReplica(Replica):
             if gradient is not None
         ]
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        value, size = _number(loss.detach()), _number(norm)
+        value, size = _number(loss), _number(norm)
         if not (math.isfinite(value) and math.isfinite(size)):
             raise non_finite(value, size)
         scale = self._clip_scale(norm)
@@ -262,7 +283,9 @@ class BackwardReplica(Replica):
 
         return use
 
-    def _update_all(self, loss: Tensor, learning_rate: float) -> float:
+    def _update_all(self, batches: Sequence[Tensor], learning_rate: float) -> float:
+        (ids,) = batches
+        loss = self._loss(ids)
         value = _number(loss.detach())
         if not math.isfinite(value):
             raise non_finite(value, math.nan)
@@ -309,13 +332,14 @@ class OffloadReplica(KeptReplica):
             assert gradient is not None
             parameter.grad = None
             with on_host():
-                self._gradients[index] = _host_copy(gradient, gradient.dtype)
+                moved, before = _host_copy(gradient, gradient.dtype), self._gradients[index]
+                self._gradients[index] = moved if before is None else before.add_(moved)
 
         return use
 
-    def _update_all(self, loss: Tensor, learning_rate: float) -> float:
+    def _update_all(self, batches: Sequence[Tensor], learning_rate: float) -> float:
         try:
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's own is not annotated
+            loss = self._backward(batches)
             self.on_phase("update")
             with on_host():
                 value = self._update_from(loss, self._gradients, learning_rate)

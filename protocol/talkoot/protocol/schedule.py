@@ -39,6 +39,17 @@ def learning_rate(spec: InnerSpec, tokens: float) -> float:
     return peak * (ratio + (1.0 - ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
+def step_rate(spec: InnerSpec, tokens: float, batches: float) -> float:
+    """The rate of a step of ``batches`` batches that ends at ``tokens``.
+
+    A mean over more sequences has less noise in it, which Adam would take for a reason to go no
+    further: with ``rate_power`` of 0.5 larger steps go as far as the smaller ones that they stand
+    for, if these are mostly noise (arXiv 2205.10287, section 4).
+    """
+    rate = learning_rate(spec, tokens)
+    return rate if batches == 1 else rate * batches**spec.rate_power
+
+
 FEEDBACK_ROUNDS: Final = 50
 """Rounds before a new one, after which a lease starts from half of what it will start from."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from talkoot.protocol.corpus import CorpusManifest, load_block
 from talkoot.protocol.errors import ProtocolError
 from talkoot.protocol.leases import block_order
 from talkoot.protocol.messages import Lease, RunSpec
+from talkoot.protocol.steps import LeaseSteps, steps_of
 
 
 class Sequences:
@@ -23,7 +25,7 @@ class Sequences:
     A block of ``block_tokens`` tokens is cut into ``block_tokens / sequence_length`` sequences
     (sequences never cross blocks). All sequences of the lease are shuffled together by the lease's
     id and taken ``micro_batch`` at a time; the last batch may be smaller, so that every token is
-    used exactly once.
+    used exactly once. Which batches make a step, ``steps`` knows.
 
     Raises:
         ProtocolError: a block is not whole sequences, or the lease is not these blocks.
@@ -51,6 +53,7 @@ class Sequences:
         self._per_block = corpus.block_tokens // length
         self._micro_batch = spec.micro_batch
         self._length = length
+        self.steps: Final[LeaseSteps] = steps_of(spec, lease.tokens)
         self._order = block_order(int(lease.lease_id[:16], 16), 0, self.count)
 
     @property
@@ -63,18 +66,13 @@ class Sequences:
         """Tokens in the lease."""
         return self.count * self._length
 
-    @property
-    def steps(self) -> int:
-        """Batches in the lease."""
-        return -(-self.count // self._micro_batch)
+    def tokens_after(self, batches: int) -> int:
+        """Tokens in the first ``batches`` batches."""
+        return min(batches * self._micro_batch, self.count) * self._length
 
-    def tokens_after(self, steps: int) -> int:
-        """Tokens in the first ``steps`` batches."""
-        return min(steps * self._micro_batch, self.count) * self._length
-
-    def batch(self, step: int) -> Tensor:
-        """(sequences, sequence_length) int64 on the CPU: batch ``step``, counted from 0."""
-        start = step * self._micro_batch
+    def batch(self, number: int) -> Tensor:
+        """(sequences, sequence_length) int64 on the CPU: batch ``number``, counted from 0."""
+        start = number * self._micro_batch
         chosen = self._order[start : start + self._micro_batch].tolist()
         batch = torch.empty((len(chosen), self._length), dtype=torch.int64)
         for row, position in enumerate(chosen):

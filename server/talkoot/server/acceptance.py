@@ -17,7 +17,8 @@ from typing import Final
 import numpy as np
 
 from talkoot.protocol.messages import InnerSpec, RoundTask, RunSpec
-from talkoot.protocol.schedule import learning_rate, lease_position
+from talkoot.protocol.schedule import lease_position, step_rate
+from talkoot.protocol.steps import steps_of
 from talkoot.server.sketch import F32, Examination
 
 REACH: Final = 4.0
@@ -42,24 +43,29 @@ SPEED_FACTOR: Final = 10.0
 
 @dataclass(frozen=True)
 class Effort:
-    """What a lease asks of the inner optimizer."""
+    """What the inner optimizer did in a lease."""
 
     steps: int
     rate_sum: float
     """Sum of the inner learning rates of all steps."""
 
 
-def effort_of(spec: RunSpec, task: RoundTask) -> Effort:
-    """Steps and learning rates of a lease, from the task alone: nothing here is a claim."""
-    sequences = task.lease.tokens // spec.sequence_length
-    steps = -(-sequences // spec.micro_batch)
+def effort_of(spec: RunSpec, task: RoundTask, claimed_steps: int) -> Effort:
+    """Steps and learning rates of a lease.
+
+    Of the claim is only as much believed as can be: without ``inner.max_steps`` nothing, as each
+    batch is a step; with it the nearest count that the lease can have been trained in. Who claims
+    more steps than were made has more room for values, as much as without that setting.
+    """
+    possible = steps_of(spec, task.lease.tokens)
+    steps = min(max(claimed_steps, possible.fewest), possible.batches)
     # A schedule is smooth: its mean over the lease is taken from at most 64 points.
     points = min(steps, 64)
     total = 0.0
     for point in range(points):
         tokens = round(task.lease.tokens * (point + 1) / points)
         position = lease_position(task.tokens_before, task.tokens_round, tokens, task.lease.tokens)
-        total += learning_rate(spec.inner, position)
+        total += step_rate(spec.inner, position, possible.batches / steps)
     return Effort(steps=steps, rate_sum=total * steps / points)
 
 

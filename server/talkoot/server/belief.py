@@ -112,7 +112,7 @@ class Belief:
             found,
             inner=spec.inner,
             feedback_decay=spec.feedback_decay,
-            effort=acceptance.effort_of(spec, task),
+            effort=acceptance.effort_of(spec, task, claim.steps),
             claims=Claims(
                 steps=claim.steps,
                 training_seconds=claim.training_seconds,
@@ -138,7 +138,7 @@ class Belief:
         self, session: Session, claim: Contribution, task: RoundTask, found: Examination, now: float
     ) -> None:
         """Keep what later contributions are compared with, and ask for validations."""
-        effort = acceptance.effort_of(self._c.spec, task)
+        effort = acceptance.effort_of(self._c.spec, task, claim.steps)
         session.flush()
         session.add(
             JudgementRecord(

@@ -103,7 +103,7 @@ def recipes(
     seq: Annotated[int, typer.Option("--seq", min=2, max=2**20, help="Tokens in a sequence.")] = (
         2048
     ),
-    micro_batch: Annotated[int, typer.Option(min=1, max=4096, help="Sequences in a step.")] = 1,
+    micro_batch: Annotated[int, typer.Option(min=1, max=4096, help="Sequences in a batch.")] = 1,
     vram: Annotated[
         str, typer.Option(help="Cards to hold it against, in GiB.")
     ] = "8,12,16,24,32,48,80",
@@ -112,6 +112,10 @@ def recipes(
     ] = 1.05,
     quick: Annotated[
         bool, typer.Option("--quick", help="Estimate what has not been simulated yet.")
+    ] = False,
+    accumulate: Annotated[
+        bool,
+        typer.Option("--accumulate", help="For a run with inner.max_steps: steps of many batches."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -125,6 +129,7 @@ def recipes(
         cards=card_sizes(vram),
         margin=margin,
         quick=quick,
+        accumulate=accumulate,
         say=lambda sentence: typer.echo(sentence, err=True),
     )
     typer.echo(json.dumps(findings, indent=2) if as_json else "\n".join(lines(findings)))

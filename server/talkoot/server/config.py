@@ -50,7 +50,8 @@ class ModelSection(_Section):
     sequence_length: Annotated[int, Field(ge=2, le=2**20)] = 2048
     """Must divide ``corpus.block_tokens``."""
     micro_batch: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Sequences in one inner step, the same on every node."""
+    """Sequences in one forward pass, the same on every node; in one inner step, too, unless
+    ``inner.max_steps`` joins several."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

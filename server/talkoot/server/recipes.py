@@ -39,12 +39,14 @@ def examine(
     cards: Sequence[int],
     margin: float,
     quick: bool,
+    accumulate: bool,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Plans of every recipe and what holds them, as plain JSON.
 
     Args:
         quick: take the closed form for what has not been simulated yet.
+        accumulate: steps may be of several batches (``inner.max_steps``).
         say: told before a simulation, which takes minutes.
     """
     config = named_config(model)
@@ -52,7 +54,13 @@ def examine(
     missing = []
     for recipe in RECIPES.values():
         ask = plans.quick if quick else plans.known
-        plan = ask(config, recipe, sequence_length=sequence_length, micro_batch=micro_batch)
+        plan = ask(
+            config,
+            recipe,
+            sequence_length=sequence_length,
+            micro_batch=micro_batch,
+            accumulated=accumulate,
+        )
         if plan is None:
             missing.append(recipe)
         else:
@@ -63,13 +71,18 @@ def examine(
             "minutes for 7B; --quick estimates instead) …"
         )
         found |= plans.simulated(
-            config, missing, sequence_length=sequence_length, micro_batch=micro_batch
+            config,
+            missing,
+            sequence_length=sequence_length,
+            micro_batch=micro_batch,
+            accumulated=accumulate,
         )
     return {
         "model": model,
         "config_sha256": plans.config_digest(config),
         "sequence_length": sequence_length,
         "micro_batch": micro_batch,
+        "accumulate": accumulate,
         "margin": margin,
         "cards": list(cards),
         "recipes": [_row(found[name], cards, margin) for name in RECIPES],
@@ -98,7 +111,8 @@ def lines(findings: dict[str, Any]) -> list[str]:
     width = max(len(row["recipe"]) for row in rows)
     out = [
         f"{findings['model']}, sequences of {findings['sequence_length']}, "
-        f"{findings['micro_batch']} a step; GiB, margin {findings['margin']:g} included",
+        f"{findings['micro_batch']} a {'batch' if findings['accumulate'] else 'step'}; GiB, "
+        f"margin {findings['margin']:g} included",
         f"{'':{width}}  speed  device   host   disk   cards of",
         f"{'recipe':{width}}                              " + " ".join(heads),
     ]

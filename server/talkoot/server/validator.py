@@ -24,7 +24,7 @@ from sqlalchemy import select
 from talkoot.protocol.blocks import block_order
 from talkoot.protocol.corpus import INDEX, block_digest
 from talkoot.protocol.errors import TalkootError
-from talkoot.protocol.messages import RoundTask
+from talkoot.protocol.messages import Contribution, RoundTask, Signed, parse
 from talkoot.server.belief import Belief, Outcome
 from talkoot.server.book import task_of
 from talkoot.server.coordinator import Coordinator
@@ -83,11 +83,14 @@ class Validator:
 
     # What it needs --------------------------------------------------------------------------------
 
-    def _facts(self, lease_id: str) -> tuple[RoundTask, Path, Path]:
-        """The task, the payload and the published weights of the base."""
+    def _facts(self, lease_id: str) -> tuple[RoundTask, int, Path, Path]:
+        """The task, the claimed steps, the payload and the published weights of the base."""
         with self._c.ledger.read() as session:
             task = task_of(session.get_one(LeaseRecord, lease_id))
-            payload = session.get_one(ContributionRecord, lease_id).payload_digest
+            contribution = session.get_one(ContributionRecord, lease_id)
+            payload = contribution.payload_digest
+            claim = parse(Signed, contribution.signed.encode("ascii"))
+            steps = parse(Contribution, claim.body.encode("ascii")).steps
             base = session.scalars(
                 select(Version.directory).where(
                     Version.run_id == self._c.run_id, Version.version == task.base.version
@@ -97,6 +100,7 @@ class Validator:
 
         return (
             task,
+            steps,
             self._c.store.path(payload),
             VersionDir(self._c.state.versions / base).published,
         )
@@ -133,7 +137,7 @@ class Validator:
         from talkoot.protocol.payload import PayloadReader
         from talkoot.protocol.weights import WeightsReader
 
-        task, payload, base = self._facts(lease_id)
+        task, _, payload, base = self._facts(lease_id)
         spec, manifest = self._c.spec, self._c.manifest
         mine = [ref.block for ref in task.lease.blocks]
         seed = int(self._belief.chance("blocks", lease_id) * 2**32)
@@ -177,7 +181,7 @@ class Validator:
         from talkoot.protocol.model import parse_config
         from talkoot.protocol.replay import ReplayJob, replay_lease
 
-        task, payload, base = self._facts(lease_id)
+        task, steps, payload, base = self._facts(lease_id)
         spec = self._c.spec
         with tempfile.TemporaryDirectory(dir=self._c.state.incoming) as scratch:
             blocks = []
@@ -195,6 +199,7 @@ class Validator:
                     base=base,
                     blocks=blocks,
                     recipe=recipes.reference(spec.adapter is not None),
+                    steps=steps,
                     frozen=self._c.base,
                 ),
                 again,

@@ -21,7 +21,7 @@ from talkoot.protocol.leases import CommittedBlocks, Member, plan_leases
 from talkoot.protocol.messages import InnerSpec, RunSpec
 from talkoot.protocol.recipes import get as get_recipe
 from talkoot.protocol.replica import Replica, new_replica
-from talkoot.protocol.schedule import learning_rate
+from talkoot.protocol.schedule import step_rate
 from talkoot.protocol.sequences import Sequences
 from talkoot.server.config import Config
 
@@ -82,11 +82,13 @@ def warm_up(
         )
         blocks = [read_block(directory, manifest, ref.block).tobytes() for ref in lease.blocks]
         sequences = Sequences(spec, manifest, lease, blocks)
-        for step in range(sequences.steps):
-            share = min(1.0, (done + sequences.tokens_after(step + 1)) / section.tokens)
-            batch = sequences.batch(step).to(replica.device)
+        batch = 0
+        while batch < sequences.steps.batches:
+            end = sequences.steps.end(batch, replica.recipe.accumulates)
+            share = min(1.0, (done + sequences.tokens_after(end)) / section.tokens)
+            ids = [sequences.batch(n).to(replica.device) for n in range(batch, end)]
             try:
-                loss = replica.step(batch, _rate(config.inner, share))
+                loss = replica.step(ids, _rate(config.inner, share, len(ids)))
             except torch.OutOfMemoryError as err:
                 raise CapacityError(
                     f"The warm-up does not fit into the memory of {section.device}: choose another "
@@ -95,6 +97,7 @@ def warm_up(
             if time.monotonic() - said >= SAY_SECONDS:
                 said = time.monotonic()
                 say(f"  warm-up: {share:.0%} of {section.tokens:,} tokens, loss {loss:.3f}")
+            batch = end
         committed.add(lease.blocks)
         done += lease.tokens
         after(replica)
@@ -102,10 +105,10 @@ def warm_up(
     return {name: tensor.float().cpu().clone() for name, tensor in replica.weights()}
 
 
-def _rate(inner: InnerSpec, share: float) -> float:
+def _rate(inner: InnerSpec, share: float, batches: int) -> float:
     """The inner rate after a share of the warm-up: as if the network's tokens passed by."""
     span = max(0, inner.warmup_tokens - inner.start_tokens)
-    return learning_rate(inner, span * share)
+    return step_rate(inner, span * share, batches)
 
 
 def _device(name: str) -> torch.device:

@@ -27,26 +27,30 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def traced(config: dict[str, Any], recipe: Recipe, batch: tuple[int, int]) -> dict[str, Trace]:
+def traced(
+    config: dict[str, Any], recipe: Recipe, batch: tuple[int, int], batches: int = 1
+) -> dict[str, Trace]:
     """Two real steps on real tensors, by the same tracker."""
     gc.collect()
     with Tracker() as tracker:
         replica = planner.build(tracker, config, recipe, seed=1)
-        planner.train(tracker, replica, [torch.zeros(batch, dtype=torch.int64)] * 2)
+        planner.train(tracker, replica, [[torch.zeros(batch, dtype=torch.int64)] * batches] * 2)
         tracker.close()
     replica.release()
     traces: dict[str, Trace] = tracker.traces
     return traces
 
 
-def profiled(config: dict[str, Any], recipe: Recipe, batch: tuple[int, int]) -> int:
+def profiled(
+    config: dict[str, Any], recipe: Recipe, batch: tuple[int, int], batches: int = 1
+) -> int:
     """Most bytes that torch's allocator held over two steps, by torch's own count."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         model = build_model(config, seed=1, device="cpu", dtype=DTYPES[recipe.weights])
         replica = build_replica(model, recipe, InnerSpec())
         for _ in range(2):
-            replica.step(torch.zeros(batch, dtype=torch.int64), 1e-5)
+            replica.step([torch.zeros(batch, dtype=torch.int64)] * batches, 1e-5)
     events = prof.profiler.kineto_results.events()
     held = peak = 0
     changes = [event for event in events if event.name() == "[memory]"]
@@ -86,6 +90,40 @@ def test_the_prediction_is_within_five_per_cent_of_torchs_own_profiler(name: str
     config = {**preset("tiny"), "vocab_size": 2000}
     plan = simulate(config, get(name), sequence_length=128, micro_batch=1)
     assert training_peak(plan) == pytest.approx(profiled(config, get(name), (1, 128)), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["fp32-adamw", "fp32-adamw-ckpt", "fp32-offload-adamw"])
+def test_gradients_that_wait_for_the_next_batch_are_counted_as_real_ones_and_as_torch_counts(
+    name: str,
+) -> None:
+    config, recipe = {**preset("nano"), "vocab_size": 1000}, get(name)
+    plain, plan = (
+        simulate(config, recipe, sequence_length=64, micro_batch=4, accumulated=accumulated)
+        for accumulated in (False, True)
+    )
+    real = traced(config, recipe, (4, 64), batches=3)  # and two show all that three do
+    for tier in ("device", "host"):
+        assert training_peak(plan, tier) == pytest.approx(real[tier].peak, rel=0.002, abs=2048)
+    if recipe.gradients == "kept":
+        assert plan.phases["device_forward"] > plain.phases["device_forward"]
+        counted = profiled(config, recipe, (4, 64), batches=3)
+        assert training_peak(plan) == pytest.approx(counted, rel=0.05)
+    else:  # they wait on the host
+        assert plan.device_bytes == plain.device_bytes
+
+
+def test_a_recipe_that_cannot_accumulate_is_planned_as_ever() -> None:
+    plain, plan = (
+        simulate(
+            preset("nano"),
+            get("fp32-backward-adafactor"),
+            sequence_length=16,
+            micro_batch=1,
+            accumulated=accumulated,
+        )
+        for accumulated in (False, True)
+    )
+    assert plan == plain
 
 
 @pytest.mark.parametrize("name", ["bf16-backward-adamw4", "bf16-offload-adamw"])

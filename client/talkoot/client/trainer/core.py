@@ -39,7 +39,7 @@ from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.model import build_model, named_trainable, parse_config
 from talkoot.protocol.payload import PayloadReader
 from talkoot.protocol.planner import plans
-from talkoot.protocol.proof import proof_steps
+from talkoot.protocol.proof import proof_batches, proof_steps
 from talkoot.protocol.recipes import REFERENCE, Recipe, get, reference
 from talkoot.protocol.replica import Replica, new_replica
 from talkoot.protocol.sequences import Sequences
@@ -269,7 +269,8 @@ class Trainer:
                 if should_stop():
                     raise UnavailableError("The proof was stopped; start it again.", code="stopped")
         timed = max(steps - 1, 1)
-        tokens = timed * spec.micro_batch * spec.sequence_length
+        batches = timed * proof_batches(spec.inner, self._recipe)
+        tokens = batches * spec.micro_batch * spec.sequence_length
         plan = plans.of_run(spec, run.config, self._recipe)
         on_cpu = self._device.type == "cpu"
         return {
@@ -437,7 +438,7 @@ class Trainer:
             on_progress: gets ``{"step", "steps", "loss", "tokens_per_second"}``, and ``{"fell":
                 {"before", "after"}}`` when memory ran out and a smaller recipe took over: what was
                 trained goes on.
-            should_stop: asked between steps.
+            should_stop: asked before each batch; a step that is broken off is made again.
 
         Raises:
             UnavailableError: code ``"stopped"``; the same call again carries on.

@@ -29,7 +29,7 @@ from talkoot.protocol.messages import RoundTask, RunSpec
 from talkoot.protocol.payload import write_payload
 from talkoot.protocol.recipes import Recipe
 from talkoot.protocol.replica import Replica, rounding_seed
-from talkoot.protocol.schedule import feedback_share, learning_rate, lease_position
+from talkoot.protocol.schedule import feedback_share, lease_position, step_rate
 from talkoot.protocol.sequences import Sequences
 from talkoot.protocol.weights import WeightsReader, WeightsWriter
 
@@ -67,23 +67,27 @@ def run_lease(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> 
     return _encode(job, checkpoint)
 
 
+class _Stop(Exception):
+    """``should_stop`` said so before a forward pass; the weights are those of the last step."""
+
+
 class _Progressor:
     """Progress reports at a bearable rate."""
 
-    def __init__(self, job: LeaseJob, report: Progress, step: int) -> None:
+    def __init__(self, job: LeaseJob, report: Progress, batch: int) -> None:
         self._job = job
         self._report = report
-        self._start_tokens = job.sequences.tokens_after(step)
+        self._start_tokens = job.sequences.tokens_after(batch)
         self._started = time.monotonic()
         self._reported: float | None = None
 
-    def after(self, step: int, loss: float) -> None:
+    def after(self, step: int, steps: int, batch: int, loss: float) -> None:
+        """Step ``step`` of ``steps`` is done, and all before batch ``batch``."""
         now = time.monotonic()
-        steps = self._job.sequences.steps
         if self._reported is not None and step < steps and now - self._reported < PROGRESS_SECONDS:
             return
         self._reported = now
-        tokens = self._job.sequences.tokens_after(step) - self._start_tokens
+        tokens = self._job.sequences.tokens_after(batch) - self._start_tokens
         self._report(
             {
                 "step": step,
@@ -124,11 +128,12 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
     """All inner steps; returns the checkpoint of the last one, which is on disk."""
     task, sequences, replica = job.task, job.sequences, job.replica
     checkpoint = job.work.checkpoint
-    wanted = (task.lease.lease_id, job.base.digest, sequences.steps)
+    cut, accumulates = sequences.steps, replica.recipe.accumulates
+    wanted = (task.lease.lease_id, job.base.digest, cut.batches)
     if checkpoint is not None and wanted != (
         checkpoint.lease_id,
         checkpoint.base_digest,
-        checkpoint.steps,
+        checkpoint.all_batches,
     ):
         # Of a lease that was given up, or of another base.
         job.work.drop_checkpoint()
@@ -143,9 +148,12 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
     moments = kept if checkpoint is None else checkpoint.moments
     _load_moments(job, moments)
     replica.seed = rounding_seed(task.lease.lease_id)
-    step, loss_sum, seconds = 0, 0.0, 0.0
+    step, batch, loss_sum, seconds = 0, 0, 0.0, 0.0
     if checkpoint is not None:
-        step, loss_sum, seconds = checkpoint.step, checkpoint.loss_sum, checkpoint.training_seconds
+        step, batch = checkpoint.step, checkpoint.batches_done
+        loss_sum, seconds = checkpoint.loss_sum, checkpoint.training_seconds
+    # Another recipe may have made the steps so far.
+    steps = step + cut.left(batch, accumulates)
 
     def save() -> Checkpoint:
         job.work.require_room(bytes_of(replica.weights()) + bytes_of(replica.state()))
@@ -153,7 +161,9 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
             lease_id=task.lease.lease_id,
             base_digest=job.base.digest,
             step=step,
-            steps=sequences.steps,
+            steps=steps,
+            batch=batch,
+            batches=cut.batches,
             loss_sum=loss_sum,
             training_seconds=seconds,
             local=job.work.fresh("local"),
@@ -168,25 +178,32 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
         return saved
 
     phase = ["forward"]
-    replica.on_phase = lambda name: phase.__setitem__(0, name)
-    progress = _Progressor(job, on_progress, step)
+
+    def begin(name: str) -> None:
+        phase[0] = name
+        if name == "forward" and should_stop():  # a step of many batches is not waited for
+            raise _Stop
+
+    replica.on_phase = begin
+    progress = _Progressor(job, on_progress, batch)
     device = replica.device
     saved_at = time.monotonic()
-    while step < sequences.steps:
-        if should_stop():
-            if step > (checkpoint.step if checkpoint is not None else 0):
-                save()
-            raise UnavailableError(
-                f"Training was stopped after step {step} of {sequences.steps}; it is checkpointed "
-                "and carries on from there.",
-                code="stopped",
-            )
-        ids = sequences.batch(step).to(device)
-        tokens = sequences.tokens_after(step + 1)
+    while batch < cut.batches:
+        end = cut.end(batch, accumulates)
+        ids = [sequences.batch(number).to(device) for number in range(batch, end)]
+        tokens = sequences.tokens_after(end)
         position = lease_position(task.tokens_before, task.tokens_round, tokens, sequences.tokens)
         began = time.monotonic()
         try:
-            loss = replica.step(ids, learning_rate(job.spec.inner, position))
+            loss = replica.step(ids, step_rate(job.spec.inner, position, len(ids)))
+        except _Stop:
+            if step > (checkpoint.step if checkpoint is not None else 0):
+                save()
+            raise UnavailableError(
+                f"Training was stopped after step {step} of {steps}; it is checkpointed and "
+                "carries on from there.",
+                code="stopped",
+            ) from None
         except Exception as err:
             if is_out_of_memory(err) and weights_are_whole(replica.recipe, phase[0]):
                 # What holds activations goes first: saving takes some memory, too.
@@ -195,12 +212,12 @@ def _train(job: LeaseJob, on_progress: Progress, should_stop: ShouldStop) -> Che
             raise
         now = time.monotonic()
         seconds += now - began
-        loss_sum += loss * ids.shape[0]
-        step += 1
-        if step == sequences.steps or now - saved_at >= job.checkpoint_seconds:
+        loss_sum += loss * sum(map(len, ids))
+        step, batch = step + 1, end
+        if batch == cut.batches or now - saved_at >= job.checkpoint_seconds:
             checkpoint = save()
             saved_at = time.monotonic()
-        progress.after(step, loss)
+        progress.after(step, steps, batch, loss)
     assert checkpoint is not None
     return checkpoint
 

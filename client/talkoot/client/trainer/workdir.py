@@ -100,18 +100,35 @@ class State(Message):
 
 
 class Checkpoint(Message):
-    """``checkpoint.json``: a lease after ``step`` of ``steps`` inner steps."""
+    """``checkpoint.json``: a lease after ``step`` of ``steps`` inner steps.
+
+    Steps are the optimizer's, under the recipe of the moments; batches are what they are made of
+    (``steps.py``), and the same under each recipe.
+    """
 
     format: Literal[1] = 1
     lease_id: LeaseId
     base_digest: Digest
     step: Count
     steps: Count
+    batch: Count | None = None
+    """Batches that are done. None: of a version in which each batch was a step."""
+    batches: Count | None = None
     loss_sum: Finite
     """Sum over the sequences done so far of their step's loss."""
     training_seconds: Seconds
     local: FileName
     moments: Moments
+
+    @property
+    def batches_done(self) -> int:
+        """Of the lease's batches, those that are in."""
+        return self.step if self.batch is None else self.batch
+
+    @property
+    def all_batches(self) -> int:
+        """Of the lease."""
+        return self.steps if self.batches is None else self.batches
 
 
 class WorkDir:

@@ -1,7 +1,7 @@
 """Simulate in a process of its own: one request as JSON on stdin, one plan a line on stdout.
 
-``{"config", "recipes", "sequence_length", "micro_batch", "codec"}``. An error that has a sentence
-ends the answer as ``{"code", "sentence"}`` with exit status 1.
+``{"config", "recipes", "sequence_length", "micro_batch", "codec", "accumulated"}``. An error that
+has a sentence ends the answer as ``{"code", "sentence"}`` with exit status 1.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def main() -> int:
                 sequence_length=request["sequence_length"],
                 micro_batch=request["micro_batch"],
                 uplink=CodecSpec.model_validate(request["codec"]),
+                accumulated=request["accumulated"],
             )
             print(json.dumps(plan.as_dict(), sort_keys=True), flush=True)
     except TalkootError as err:

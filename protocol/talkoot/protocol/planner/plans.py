@@ -27,7 +27,7 @@ from talkoot.protocol.files import write_atomic
 from talkoot.protocol.memory import MemoryPlan, predict
 from talkoot.protocol.messages import CodecSpec, RunSpec
 from talkoot.protocol.model import config_bytes
-from talkoot.protocol.recipes import Recipe, recipes_of
+from talkoot.protocol.recipes import Recipe, get, recipes_of
 
 CODE: Final = (
     *("codec", "codec_bits", "codec_encode", "losses", "lowbit", "memory", "model"),
@@ -91,9 +91,12 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "talkoot" / "plans"
 
 
-def table_key(config: dict[str, Any], sequence_length: int, micro_batch: int) -> str:
+def table_key(
+    config: dict[str, Any], sequence_length: int, micro_batch: int, accumulated: bool = False
+) -> str:
     """The key of a model's plans in the table."""
-    return f"{config_digest(config)}/{sequence_length}/{micro_batch}"
+    key = f"{config_digest(config)}/{sequence_length}/{micro_batch}"
+    return f"{key}/accumulated" if accumulated else key
 
 
 @functools.cache
@@ -105,15 +108,21 @@ def table() -> dict[str, dict[str, Any]]:
 
 
 def _cache_path(
-    config: dict[str, Any], sequence_length: int, micro_batch: int, recipe: str, codec: CodecSpec
+    config: dict[str, Any],
+    sequence_length: int,
+    micro_batch: int,
+    recipe: Recipe,
+    codec: CodecSpec,
+    accumulated: bool,
 ) -> Path:
     parts = (
         config_digest(config),
         sequence_length,
         micro_batch,
-        recipe,
+        recipe.name,
         codec.model_dump_json(),
         code_digest(),
+        accumulated and recipe.accumulates,
     )
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return cache_directory() / f"{name}.json"
@@ -126,10 +135,14 @@ def known(
     sequence_length: int,
     micro_batch: int,
     codec: CodecSpec | None = None,
+    accumulated: bool = False,
 ) -> MemoryPlan | None:
-    """The plan from the cache or the table, if there is one. A damaged cache file is no plan."""
+    """The plan from the cache or the table, if there is one. A damaged cache file is no plan.
+
+    ``accumulated`` is as in :func:`~talkoot.protocol.memory.predict`, here and below.
+    """
     spec = codec or CodecSpec()
-    path = _cache_path(config, sequence_length, micro_batch, recipe.name, spec)
+    path = _cache_path(config, sequence_length, micro_batch, recipe, spec, accumulated)
     try:
         if path.stat().st_size <= MAX_PLAN:
             return MemoryPlan.from_dict(json.loads(path.read_bytes()))
@@ -137,7 +150,8 @@ def known(
         pass
     if spec != CodecSpec():
         return None
-    rows = table().get(table_key(config, sequence_length, micro_batch), {})
+    summed = accumulated and recipe.accumulates
+    rows = table().get(table_key(config, sequence_length, micro_batch, summed), {})
     row = rows.get(recipe.name)
     return None if row is None else MemoryPlan.from_dict({**row, "source": "table"})
 
@@ -149,9 +163,11 @@ def keep(
     sequence_length: int,
     micro_batch: int,
     codec: CodecSpec,
+    accumulated: bool = False,
 ) -> None:
     """Put a simulated plan into the cache; a cache that cannot be written is no error."""
-    path = _cache_path(config, sequence_length, micro_batch, plan.recipe, codec)
+    recipe = get(plan.recipe)
+    path = _cache_path(config, sequence_length, micro_batch, recipe, codec, accumulated)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(plan.as_dict(), sort_keys=True).encode())
@@ -167,6 +183,7 @@ def quick(
     micro_batch: int,
     parameters: int | None = None,
     codec: CodecSpec | None = None,
+    accumulated: bool = False,
 ) -> MemoryPlan:
     """The known plan, or else the one in closed form. Never slow.
 
@@ -174,10 +191,20 @@ def quick(
         ConfigError: neither is there, and the config lacks a number that the formula needs.
     """
     plan = known(
-        config, recipe, sequence_length=sequence_length, micro_batch=micro_batch, codec=codec
+        config,
+        recipe,
+        sequence_length=sequence_length,
+        micro_batch=micro_batch,
+        codec=codec,
+        accumulated=accumulated,
     )
     return plan or predict(
-        config, sequence_length, micro_batch, recipe=recipe, parameters=parameters
+        config,
+        sequence_length,
+        micro_batch,
+        recipe=recipe,
+        parameters=parameters,
+        accumulated=accumulated,
     )
 
 
@@ -187,6 +214,7 @@ def of_run(spec: RunSpec, config: dict[str, Any], recipe: Recipe) -> MemoryPlan:
     Raises:
         ConfigError: the recipe is for the other kind of run, or the config lacks a number.
     """
+    accumulated = spec.inner.max_steps > 0  # how long its leases will be, nobody knows yet
     if spec.adapter is not None:
         return predict(
             config,
@@ -195,6 +223,7 @@ def of_run(spec: RunSpec, config: dict[str, Any], recipe: Recipe) -> MemoryPlan:
             recipe=recipe,
             parameters=spec.parameters,
             adapter=spec.adapter,
+            accumulated=accumulated,
         )
     return quick(
         config,
@@ -203,6 +232,7 @@ def of_run(spec: RunSpec, config: dict[str, Any], recipe: Recipe) -> MemoryPlan:
         micro_batch=spec.micro_batch,
         parameters=spec.parameters,
         codec=spec.uplink,
+        accumulated=accumulated,
     )
 
 
@@ -220,6 +250,7 @@ def simulated(
     sequence_length: int,
     micro_batch: int,
     codec: CodecSpec | None = None,
+    accumulated: bool = False,
 ) -> dict[str, MemoryPlan]:
     """Known plans, and simulations (in one child process, kept) of those that are not known.
 
@@ -231,7 +262,12 @@ def simulated(
     plans, missing = dict[str, MemoryPlan](), []
     for recipe in recipes:
         plan = known(
-            config, recipe, sequence_length=sequence_length, micro_batch=micro_batch, codec=spec
+            config,
+            recipe,
+            sequence_length=sequence_length,
+            micro_batch=micro_batch,
+            codec=spec,
+            accumulated=accumulated,
         )
         if plan is None:
             missing.append(recipe)
@@ -244,9 +280,17 @@ def simulated(
             "sequence_length": sequence_length,
             "micro_batch": micro_batch,
             "codec": spec.model_dump(mode="json"),
+            "accumulated": accumulated,
         }
         for plan in _ask_child(request):
-            keep(plan, config, sequence_length=sequence_length, micro_batch=micro_batch, codec=spec)
+            keep(
+                plan,
+                config,
+                sequence_length=sequence_length,
+                micro_batch=micro_batch,
+                codec=spec,
+                accumulated=accumulated,
+            )
             plans[plan.recipe] = plan
     return plans
 

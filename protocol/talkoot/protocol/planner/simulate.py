@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 from unittest import mock
 
@@ -43,8 +43,13 @@ def simulate(
     micro_batch: int,
     uplink: CodecSpec = _CODEC,
     steps: int = STEPS,
+    accumulated: bool = False,
 ) -> MemoryPlan:
     """What a replica of ``config`` under ``recipe`` needs.
+
+    Args:
+        accumulated: steps are of several batches, if the recipe can: gradients are then alive in
+            the next forward pass. Two batches show all that more would.
 
     Raises:
         ProtocolError: the config is refused, or transformers cannot build it.
@@ -53,7 +58,9 @@ def simulate(
         replica = build(tracker, config, recipe)
         parameters = [tensor.numel() for _, tensor in replica.weights()]
         ids = torch.zeros((micro_batch, sequence_length), dtype=torch.int64)
-        train(tracker, replica, [ids] * steps)
+        batches = [ids, ids] if accumulated and recipe.accumulates else ids
+        train(tracker, replica, [batches] * steps)
+        del batches
         del ids
         heap = encode(tracker, replica, uplink)
         tracker.close()
@@ -149,7 +156,7 @@ def build(
     return replica
 
 
-def train(tracker: Tracker, replica: Replica, batches: list[Tensor]) -> None:
+def train(tracker: Tracker, replica: Replica, batches: Sequence[Tensor | Sequence[Tensor]]) -> None:
     """Real steps at a rate that changes little."""
     for ids in batches:
         replica.step(ids, 1e-5)

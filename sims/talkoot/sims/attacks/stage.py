@@ -39,6 +39,7 @@ from talkoot.protocol.messages import (
     Verdict,
     canonical_bytes,
 )
+from talkoot.protocol.steps import steps_of
 from talkoot.protocol.weights import WeightsReader
 from talkoot.server.aggregate import VersionDir
 from talkoot.server.book import Book
@@ -278,7 +279,6 @@ class Stage:
     def _deliver(self, hand: Hand, task: RoundTask, path: Path, loss: float) -> Verdict:
         digest, size = sha256_file(path)
         lease, spec = task.lease, self.coordinator.spec
-        sequences = lease.tokens // spec.sequence_length
         claim = Contribution(
             run_id=task.run_id,
             round=task.round,
@@ -287,7 +287,7 @@ class Stage:
             base_weights_digest=task.base.weights_digest,
             payload=ArtifactRef(digest=digest, size_bytes=size),
             tokens=lease.tokens,
-            steps=-(-sequences // spec.micro_batch),
+            steps=steps_of(spec, lease.tokens).fewest,
             loss=loss,
             training_seconds=lease.tokens / (SPEED * hand.actor.speed),
         )

@@ -61,14 +61,14 @@ class Baseline:
             self._take(self._leases())
 
     def run_round(self) -> float:
-        """As many steps as a node of the network makes in a round; the mean training loss."""
+        """A step of each batch that a node of the network trains in a round; the mean loss."""
         leases = self._leases()
         spec = self.world.spec()
         chosen = leases[:1] if self._kind == "one" else leases
         data = [self._sequences(lease) for lease in chosen]
         tokens_round = sum(lease.tokens for lease in leases)
         losses = []
-        for step in range(data[0].steps):
+        for step in range(data[0].steps.batches):
             done = data[0].tokens_after(step + 1)
             position = lease_position(self.tokens, tokens_round, done, data[0].tokens)
             batch = torch.cat([sequences.batch(step) for sequences in data])

@@ -132,6 +132,9 @@ class ParityOptions:
             read += ["round", "outer", "uplink", "downlink", "warm_up"]
             read += ["feedback_decay", "feedback_start"]
             content["profile"] = arm.nodes.model_dump(mode="json")
+        if kind != "net" or not config["inner"]["max_steps"]:
+            # The measures make a step of each batch.
+            del config["inner"]["max_steps"], config["inner"]["rate_power"]
         content["config"] = {key: config[key] for key in read if key in config}
         content["config"]["run"] = {"seed": seed}
         text = json.dumps(content, sort_keys=True)

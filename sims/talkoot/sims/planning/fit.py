@@ -60,19 +60,16 @@ def fits_of(scenario: Scenario, config: Mapping[str, Any], parameters: int) -> l
     """For each population, in order."""
     rules = scenario.rules.admission
     policy = AdmissionPolicy(rules.memory_margin, rules.proof_loss_tolerance, manual_approval=False)
-    return [
-        _fit(node, policy, config, scenario.model.sequence_length, scenario.model.micro_batch)
-        for node in scenario.classes(parameters)
-    ]
+    return [_fit(node, policy, config, scenario) for node in scenario.classes(parameters)]
 
 
 def _fit(
     node: NodeClass,
     policy: AdmissionPolicy,
     config: Mapping[str, Any],
-    sequence_length: int,
-    micro_batch: int,
+    scenario: Scenario,
 ) -> Fit:
+    section = scenario.model
     kind = node.device.kind
     wished = node.population.recipe
     tried = recipes.fastest_first(kind) if wished is None else [recipes.get(wished)]
@@ -82,7 +79,11 @@ def _fit(
         if recipe.accelerator_only and kind == "cpu":
             continue
         needs = plans.quick(
-            dict(config), recipe, sequence_length=sequence_length, micro_batch=micro_batch
+            dict(config),
+            recipe,
+            sequence_length=section.sequence_length,
+            micro_batch=section.micro_batch,
+            accumulated=scenario.rules.inner.max_steps > 0,
         )
         verdict = judge_capability(policy, has, [needs])
         if verdict.accepted:

@@ -93,7 +93,12 @@ def replica_bytes(scenario: Scenario, config: dict[str, object]) -> int:
     from talkoot.protocol.memory import predict
 
     section = scenario.model
-    plan = predict(dict(config), section.sequence_length, section.micro_batch)
+    plan = predict(
+        dict(config),
+        section.sequence_length,
+        section.micro_batch,
+        accumulated=scenario.rules.inner.max_steps > 0,
+    )
     return plan.device_bytes + plan.host_bytes
 
 

@@ -22,6 +22,7 @@ from talkoot.protocol.corpus import load_block
 from talkoot.protocol.errors import StateError
 from talkoot.protocol.manifest import Manifest
 from talkoot.protocol.messages import RoundTask, RunSpec, parse
+from talkoot.protocol.steps import steps_of
 from talkoot.server.coordinator import Coordinator
 from talkoot.sims.attacks.kinds import Actor, liars
 from talkoot.sims.in_process import CAPABILITY
@@ -159,13 +160,12 @@ class VirtualTrainer:
         if not actor.forge(known, situation, path):
             return None
         digest, size = sha256_file(path)
-        sequences = task.lease.tokens // spec.sequence_length
         return {
             "payload_path": str(path),
             "digest": digest,
             "size": size,
             "tokens": task.lease.tokens,
-            "steps": -(-sequences // spec.micro_batch),
+            "steps": steps_of(spec, task.lease.tokens).fewest,
             "loss": FORGED_LOSS,
         }
 
