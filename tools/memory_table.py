@@ -3,6 +3,7 @@
     python tools/memory_table.py            # what is missing; keeps the rest
     python tools/memory_table.py --stale    # what was made by other code, too
     python tools/memory_table.py --model llama-2-7b --seq 2048
+    python tools/memory_table.py --accumulate --recipe bf16-adamw   # for runs with inner.max_steps
 
 It is written after each plan, so it can be broken off. About ten minutes of one core a model.
 """
@@ -43,6 +44,7 @@ def main() -> None:
     """Fill the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--stale", action="store_true")
+    parser.add_argument("--accumulate", action="store_true")
     parser.add_argument("--model", action="append")
     parser.add_argument("--recipe", action="append")
     parser.add_argument("--seq", type=int, action="append")
@@ -51,13 +53,19 @@ def main() -> None:
     for sequence_length in options.seq or SEQUENCES:
         for model in options.model or MODELS:
             for name in options.recipe or RECIPES:
-                key = table_key(preset(model), sequence_length, 1)
+                if options.accumulate and not RECIPES[name].accumulates:
+                    continue
+                key = table_key(preset(model), sequence_length, 1, options.accumulate)
                 row = _load()["plans"].get(key, {}).get(name)
                 if row and (row["code"] == code_digest() or not options.stale):
                     continue
                 began = time.monotonic()
                 plan = simulate(
-                    preset(model), RECIPES[name], sequence_length=sequence_length, micro_batch=1
+                    preset(model),
+                    RECIPES[name],
+                    sequence_length=sequence_length,
+                    micro_batch=1,
+                    accumulated=options.accumulate,
                 )
                 seconds = time.monotonic() - began
                 row = plan.as_dict() | {"code": code_digest(), "model": model}

@@ -211,7 +211,7 @@ def doctor(
         str | None, typer.Option(help="A model preset or config.json to hold it against.")
     ] = None,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 2048,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 1,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Measure this machine, and say whether it can hold a replica of a model."""

@@ -51,9 +51,34 @@ def test_a_damaged_cache_file_is_no_plan() -> None:
         assert plans.known(preset("nano"), recipe, **SIZES) is None
 
 
+def test_plans_for_steps_of_several_batches_are_kept_apart_where_a_recipe_makes_such() -> None:
+    config, codec = preset("nano"), CodecSpec()
+    kept, freed = get("fp32-adamw"), get("fp32-backward-adamw")
+    summed = plans.quick(config, kept, **SIZES, accumulated=True)
+    assert summed.phases["device_forward"] > plans.quick(config, kept, **SIZES).allocated_bytes
+    plans.keep(summed, config, **SIZES, codec=codec, accumulated=True)
+    assert plans.known(config, kept, **SIZES) is None
+    assert plans.known(config, kept, **SIZES, accumulated=True) == summed
+    plain = plans.quick(config, freed, **SIZES)
+    plans.keep(plain, config, **SIZES, codec=codec)
+    assert plans.known(config, freed, **SIZES, accumulated=True) == plain
+
+
 def test_a_plan_survives_json() -> None:
     plan = plans.quick(preset("nano"), get("bf16-offload-adamw"), **SIZES)
     assert MemoryPlan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+
+
+def test_the_shipped_table_knows_what_waiting_gradients_take_where_memory_is_short() -> None:
+    sizes: dict[str, Any] = {"sequence_length": 2048, "micro_batch": 1}
+    for name in ("bf16-adamw", "bf16-offload-adamw"):
+        plain, summed = (
+            plans.known(preset("llama-2-7b"), get(name), **sizes, accumulated=accumulated)
+            for accumulated in (False, True)
+        )
+        assert plain is not None
+        assert summed is not None
+        assert plain.device_bytes <= summed.device_bytes < 1.1 * plain.device_bytes
 
 
 def test_the_shipped_table_answers_for_the_usual_models() -> None:
