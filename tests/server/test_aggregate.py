@@ -29,6 +29,7 @@ from talkoot.server.aggregate import (
     aggregate_round,
     average,
     clip_factors,
+    fair_norms,
     initial_state,
 )
 from talkoot.server.averaging import AT_ONCE, BLOCK_ELEMENTS
@@ -90,15 +91,15 @@ def naive_average(
     manifest: Manifest, spec: CodecSpec, contributions: list[ContributionInput]
 ) -> Weights:
     """All in float64 and dense: every contribution's values, and who sent what."""
-    norms = sorted(part.l2_norm for part in contributions)
-    median = norms[(len(norms) - 1) // 2]
+    norms = {part.key: part.l2_norm / part.tokens**0.5 for part in contributions}
+    median = sorted(norms.values())[(len(norms) - 1) // 2]
     result = {}
     for tensor in manifest.tensors:
         total = torch.zeros(tensor.numel, dtype=torch.float64)
         weight = torch.zeros(tensor.numel, dtype=torch.float64)
         for part in contributions:
             sent = PayloadReader(part.path, manifest, spec).decode(tensor.name)
-            factor = min(1.0, median / part.l2_norm)
+            factor = min(1.0, median / norms[part.key])
             for index, value in zip(sent.indices.tolist(), sent.values.tolist(), strict=True):
                 total[index] += part.tokens * factor * value
                 weight[index] += part.tokens
@@ -405,6 +406,15 @@ def test_after_clipping_nobody_is_louder_than_the_median_contributor(norms: list
         assert 0 <= factor <= 1
         assert norm * factor <= median * (1 + 1e-9) + 1e-300  # subnormal numbers are coarse
         assert factor == 1 or norm > median
+
+
+def test_who_was_given_more_tokens_may_be_as_much_louder_as_their_root() -> None:
+    norms, tokens = [1.0, 2.0, 2.0, 9.0], [1, 4, 4, 4]
+    assert clip_factors(norms) == [1.0, 1.0, 1.0, pytest.approx(2 / 9)]
+    assert fair_norms(norms, tokens) == [2.0, 2.0, 2.0, 9.0]
+    assert fair_norms(norms, [7] * 4) == norms
+    lone = clip_factors(fair_norms([1.0, 3.0, 4.0, 4.0], tokens))  # the shortest sets no measure
+    assert lone == [1.0, 1.0, 3 / 4, 3 / 4]
 
 
 def test_a_coordinate_is_averaged_over_those_who_sent_it() -> None:

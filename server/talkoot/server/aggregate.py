@@ -46,6 +46,7 @@ __all__ = [
     "aggregate_round",
     "average",
     "clip_factors",
+    "fair_norms",
     "initial_state",
     "outer_step",
 ]
@@ -125,6 +126,17 @@ class AggregateResult:
     """l2 norm of the published update."""
     seconds: dict[str, float]
     """By stage, of all threads together: read, decode, outer, encode, write, hash."""
+
+
+def fair_norms(norms: Sequence[float], tokens: Sequence[float]) -> list[float]:
+    """Norms as if all leases had been as long as the longest: each by the root of its tokens.
+
+    A longer lease goes further, at least as far as a random walk does. What a node is given is what
+    it has proved to be fast enough for, so nobody becomes louder by a claim. Where all leases are
+    equal these are the norms, to the bit.
+    """
+    most = max(tokens)
+    return [norm / math.sqrt(own / most) for norm, own in zip(norms, tokens, strict=True)]
 
 
 def clip_factors(norms: Sequence[float], influences: Sequence[float] | None = None) -> list[float]:
@@ -246,7 +258,8 @@ def _parts(
     ordered = [part for part in ordered if part.influence > 0]
     # Relative to the largest, so that a lone contribution has weight 1 and is exact.
     heaviest = max(part.tokens * part.influence for part in ordered)
-    factors = clip_factors([part.l2_norm for part in ordered], [part.influence for part in ordered])
+    norms = fair_norms([part.l2_norm for part in ordered], [part.tokens for part in ordered])
+    factors = clip_factors(norms, [part.influence for part in ordered])
     return [
         Part(
             PayloadReader(part.path, manifest, uplink),

@@ -338,7 +338,7 @@ def influences_of(
         return said
     import numpy as np
 
-    from talkoot.server.aggregate import clip_factors
+    from talkoot.server.aggregate import clip_factors, fair_norms
     from talkoot.server.robust import geometric_influences
     from talkoot.server.sketch import unpack
 
@@ -348,9 +348,9 @@ def influences_of(
         return said  # accepted before there were sketches
     directions = np.stack([unpack(sketch or b"") for sketch in sketches]).astype(np.float64)
     given = [said[c.lease_id] for c in counted]
-    clipped = np.array([c.l2_norm for c in counted]) * clip_factors(
-        [c.l2_norm for c in counted], given
-    )
+    norms = [c.l2_norm for c in counted]
+    factors = clip_factors(fair_norms(norms, [c.tokens for c in counted]), given)
+    clipped = np.array(norms) * factors
     weights = np.array([c.tokens * said[c.lease_id] for c in counted])
     found = geometric_influences(directions @ directions.T, clipped, weights)
     return said | {
