@@ -4,9 +4,9 @@ A *batch* is one forward and backward pass over at most ``micro_batch`` sequence
 update of the weights, from the gradients of one batch or of several. The trainer, the validator's
 replay, acceptance and the simulators all count here, so that they agree.
 
-A lease is sized by its node's speed. A fast node that made a step of each batch would go further
-from the published weights than others between two averagings, and what it learns there is worth
-less a token (docs/learning.md). With ``inner.max_steps`` it takes larger steps instead of more.
+A lease is sized by its node's speed and by the run's tokens a round, and a batch by the memory of
+the smallest device. With ``inner.max_steps`` a long lease takes larger steps instead of more of
+them, so that both can be chosen for what is learned from them (ADR 28).
 """
 
 from __future__ import annotations
