@@ -298,6 +298,26 @@ def test_two_processes_that_migrate_at_once_both_succeed(url: str) -> None:
         assert ledger.revision() == SCHEMA_REVISION
 
 
+def test_whoever_meets_in_a_new_file_opens_it(tmp_path: Path) -> None:
+    """SQLite tells one of those who switch a file to its write-ahead log at once that it is locked:
+    about one time in twenty of these."""
+    found: list[object] = []
+
+    def look(url: str, together: threading.Barrier) -> None:
+        with closing(Ledger(url)) as ledger:
+            together.wait()
+            found.append(ledger.revision())
+
+    for number in range(60):
+        url, together = f"sqlite+pysqlite:///{tmp_path / f'{number}.db'}", threading.Barrier(6)
+        threads = [threading.Thread(target=look, args=(url, together)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [None] * 360
+
+
 def test_every_table_can_be_written_for_postgresql() -> None:
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's stubs
     for table in Base.metadata.sorted_tables:
