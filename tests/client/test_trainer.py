@@ -64,6 +64,23 @@ def feedback_of(trainer: Trainer, run: RunFiles) -> dict[str, torch.Tensor]:
     return {name: reader.get(name) for name in reader.names()}
 
 
+def replay_of(
+    trainer: Trainer, run: RunFiles, task: RoundTask, blocks: Any, recipe: str, steps: int
+) -> ReplayJob:
+    """What the coordinator repeats a lease with, given a trainer of the same run."""
+    return ReplayJob(
+        config=dict(trainer._opened.config),
+        spec=run.spec,
+        manifest=run.manifest,
+        corpus=run.corpus,
+        task=task,
+        base=run.weights,
+        blocks=blocks,
+        recipe=recipes.get(recipe),
+        steps=steps,
+    )
+
+
 def test_training_on_real_text_lowers_the_loss(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
     trainer = synced(run, tmp_path / "work")
@@ -189,17 +206,7 @@ def test_a_replay_makes_the_steps_that_the_node_s_recipes_made(
         second.open(run.spec, *run.open_paths)
         sent = second.train(task, blocks)
         assert sent["steps"] == {0: 8, 2: 2 + 3}[fell_after]
-    job = ReplayJob(
-        config=dict(first._opened.config),
-        spec=run.spec,
-        manifest=run.manifest,
-        corpus=run.corpus,
-        task=task,
-        base=run.weights,
-        blocks=blocks,
-        recipe=recipes.get("fp32-adamw-ckpt"),
-        steps=sent["steps"],
-    )
+    job = replay_of(first, run, task, blocks, "fp32-adamw-ckpt", sent["steps"])
     replayed = tmp_path / "replay.safetensors"
     assert replay_lease(job, replayed) == pytest.approx(sent["loss"], abs=1e-9)
     assert sha256_file(replayed)[0] == sent["digest"]
@@ -414,17 +421,7 @@ def test_a_lease_with_fresh_state_is_the_same_whatever_its_node_did_before(
         torch.testing.assert_close(tensor, kept[name] + held[name], rtol=0, atol=1e-8)
 
     # The coordinator, which knows neither of them, gets the same bytes.
-    job = ReplayJob(
-        config=dict(newcomer._opened.config),
-        spec=run.spec,
-        manifest=run.manifest,
-        corpus=run.corpus,
-        task=fresh,
-        base=run.weights,
-        blocks=blocks,
-        recipe=recipes.get("fp32-adamw"),
-        steps=sent["steps"],
-    )
+    job = replay_of(newcomer, run, fresh, blocks, "fp32-adamw", sent["steps"])
     replayed = tmp_path / "replay.safetensors"
     assert replay_lease(job, replayed) == pytest.approx(sent["loss"], abs=1e-12)
     assert sha256_file(replayed)[0] == sent["digest"]

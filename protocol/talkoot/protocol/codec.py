@@ -259,7 +259,7 @@ def decode_section(section: EncodedSection, elements: int, spec: CodecSpec) -> S
     chunks = layout.chunks
     scales = bits.decompress(section.scales, low=chunks, high=chunks, what="the scales")
     raw = bits.decompress(section.gaps, low=layout.entries, high=layout.gaps_cap, what="the gaps")
-    if compiled := KERNELS.after(elements):
+    if compiled := KERNELS.after(layout.entries):
         return _placed_by(compiled, raw, packed, scales, table, layout)
     codes = bits.unpack_codes(packed, layout.entries, layout.bits)
     sums = bits.sums_of_gaps(raw, layout.entries)

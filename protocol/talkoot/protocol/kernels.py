@@ -1,8 +1,8 @@
 """Which inner loops the codec runs: NumPy's, or compiled ones with the same results (ADR 27).
 
-Compiling takes some seconds of a core and more than a hundred MB, which a process that codes a
-small model never earns back. So it happens once a process has coded as much as NumPy does in about
-that time, in the thread that comes to it; others go on with NumPy meanwhile. Without Numba (the
+Compiling takes some seconds of a core and 80 MB, which a process that codes a small model never
+earns back. So it happens once a process has coded much, in the thread that comes to it; others go
+on with NumPy meanwhile. Without Numba (the
 extra ``compiled``) all stays with NumPy.
 """
 
@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Final
 
 WORTH_IT: Final = 2**30
-"""Elements, of encoded and decoded sections alike."""
+"""Elements that were encoded, and entries (1/64 of the elements, or 1/16) that were decoded."""
 
 _NAME: Final = "talkoot.protocol.codec_compiled"
 
@@ -31,7 +31,7 @@ class Kernels:
         self._decided = False
 
     def after(self, elements: int) -> ModuleType | None:
-        """``codec_compiled``, or None while NumPy is the better choice, for so many elements."""
+        """``codec_compiled``, or None while NumPy is the better choice, for so many more."""
         if self._decided:
             return self._module
         self._left -= elements  # two threads at once may count one of them only: no harm
