@@ -7,12 +7,14 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 import click
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from talkoot.client import cli as client_cli
 from talkoot.protocol import limits
@@ -120,6 +122,33 @@ def test_each_command_in_a_document_exists_with_its_options(page: Path) -> None:
 def test_the_readme_shows_the_commands_of_all_three_people() -> None:
     said = {line.partition(" ")[0] for line in spoken(ROOT / "README.md")}
     assert said == set(COMMANDS)
+
+
+def every_command() -> Iterator[tuple[list[str], click.Command, typer.Typer]]:
+    """Each command with the words that lead to it, and the app that they are said to."""
+    for app in COMMANDS.values():
+        waiting: list[tuple[list[str], click.Command]] = [([], typer.main.get_command(app))]
+        while waiting:
+            words, command = waiting.pop()
+            yield words, command, app
+            if isinstance(command, click.Group):
+                waiting += [([*words, name], one) for name, one in command.commands.items()]
+
+
+@pytest.mark.skipif(
+    version("click").startswith("8.5."), reason="this environment is older than constraints.txt"
+)
+def test_help_on_80_columns_says_what_each_argument_and_command_is() -> None:
+    for words, command, app in every_command():
+        shown = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80"}).stdout
+        plain = " ".join(shown.replace("│", " ").split())
+        for line in (command.help or "").splitlines():
+            assert " ".join(line.split()) in plain, (words, "brackets are markup in a help text")
+        for paragraph in (command.help or "").split("\n\n")[1:]:
+            assert max(map(len, paragraph.splitlines())) < 80, (words, "typer keeps these lines")
+        for one in command.params:
+            if isinstance(one, click.Argument):
+                assert getattr(one, "help", None), (words, one.name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

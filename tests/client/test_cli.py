@@ -145,6 +145,8 @@ def test_status_is_for_people_and_with_json_for_scripts(joined: Path) -> None:
     assert "Round 2: accepted." in told
     document = json.loads(talkoot("status", "--home", str(joined), "--json").stdout)
     assert (document["state"], document["version"]) == ("training", 3)
+    _status(joined, version=None, step=0, steps=0)
+    assert "no work yet since it started" in talkoot("status", "--home", str(joined)).stdout
 
 
 @pytest.mark.parametrize("ago", [3600.0, -3600.0], ids=["an hour old", "clock set back since"])

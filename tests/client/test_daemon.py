@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +122,8 @@ def test_a_daemon_whose_node_is_banned_ends_with_the_operators_reason(
     assert isinstance(running.failure, RefusedError)
     assert running.failure.code == "banned"
     assert "Sent nonsense." in running.failure.sentence
+    status = json.loads(home.status_path.read_bytes())
+    assert (status["state"], status["last"]) == ("stopped", running.failure.sentence)
 
     # And coming back is refused in the same words.
     desk.mute = set()
@@ -157,3 +160,16 @@ def test_a_daemon_that_is_asked_to_leave_ends_and_an_old_wish_is_forgotten(
     running.ended()
     assert running.failure is None
     assert "Leaving, as asked." in running.said
+
+
+def test_a_node_that_goes_on_after_a_pause_says_so_and_its_status_does_not_say_paused(
+    home: Home,
+) -> None:
+    home.pause.touch()
+    running = Running(home)
+    running.until("Paused by its owner")
+    home.pause.unlink()
+    running.until("Going on after the pause.")
+    running.daemon.stop()
+    running.ended()
+    assert "Paused" not in json.loads(home.status_path.read_bytes())["last"]

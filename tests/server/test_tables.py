@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from talkoot.server.tables import print_nodes, print_status
+from talkoot.server.tables import print_nodes, print_rounds, print_status
 
 
 def node(name: str) -> dict[str, Any]:
@@ -43,6 +43,33 @@ def test_a_nodes_id_is_whole_on_a_terminal_of_80_columns(
     out = capsys.readouterr().out
     assert "0123456789abcdef" in out
     assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+
+
+@pytest.mark.parametrize(("columns", "bytes_shown"), [("80", False), ("120", True)])
+def test_a_round_is_one_line_with_its_reason_on_a_terminal_of_80_columns(
+    columns: str,
+    bytes_shown: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    row = {
+        "round": 1234,
+        "loss": 12.3456,
+        "heldout_loss": 12.3456,
+        "tokens": 123_456_789,
+        "contributions": 999,
+        "bytes_up": 123_456_789,
+        "update_bytes": 123_456_789,
+        "seconds": 12345.6,
+        "reason": "Round 1234 closes: 999 contributed.",
+    }
+    print_rounds([row])
+    head, line = (line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert line.endswith(" 999 contributed.")
+    assert max(len(head), len(line)) <= int(columns)
+    assert ("update" in head) == bytes_shown
 
 
 def test_markup_and_control_characters_in_an_event_do_nothing(

@@ -115,3 +115,8 @@ def test_what_is_no_result_is_told(tmp_path: Path, content: str, said: str) -> N
 def test_a_directory_without_a_result_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds neither run\.json nor plan\.json"):
         read_lines([tmp_path])
+
+
+def test_a_directory_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"There is nothing at .*nowhere: give a directory"):
+        read_lines([tmp_path / "nowhere"])

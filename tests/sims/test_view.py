@@ -279,6 +279,8 @@ def test_counts_durations_and_ratios_read_well() -> None:
     assert seconds_text(59.96) == "1 min 00 s"
     assert seconds_text(185) == "3 min 05 s"
     assert seconds_text(7620) == "2 h 07 min"
+    assert seconds_text(10 * 86_400) == "10 days"
+    assert seconds_text(5e12) == "158,440 years"
     assert times_smaller_text(4e6, 18_500) == "×216"
     assert times_smaller_text(4e6, 0) == "–"
 

@@ -161,17 +161,22 @@ def status(home: HomePath = DEFAULT_HOME, as_json: Json = False) -> None:
     if "coordinator" in document:
         reach = "reachable" if document["reachable"] and fresh else "not reached"
         typer.echo(f"  coordinator {document['coordinator']}: {reach}, {document['status']}")
-        loss = document["loss"]
-        typer.echo(
-            f"  version {document['version']}, step {document['step']}/{document['steps']}, "
-            f"loss {'—' if loss is None else f'{loss:.4f}'}, "
-            f"{format_count(document['tokens_per_second'])} tokens/s"
-        )
+        typer.echo(f"  {_progress(document)}")
         typer.echo(
             f"  {document['contributions']} contributions, up "
             f"{format_count(document['bytes_up'])}B, down {format_count(document['bytes_down'])}B"
         )
         typer.echo(f"  {document['last']}")
+
+
+def _progress(document: dict[str, Any]) -> str:
+    version, loss = document["version"], document["loss"]
+    if version is None:
+        return "no work yet since it started"
+    step = f"step {document['step']}/{document['steps']}, " if document["steps"] else ""
+    told = "—" if loss is None else f"{loss:.4f}"
+    speed = format_count(document["tokens_per_second"])
+    return f"version {version}, {step}loss {told}, {speed} tokens/s"
 
 
 @app.command()

@@ -64,9 +64,9 @@ class Daemon:
 
     def __init__(self, home: Home, say: Callable[[str], None], trainer: TrainerHost) -> None:
         self._home = home
-        self._say = say
+        self._tell_owner = say
         self._trainer = trainer
-        self._worker = Worker(home, trainer, say)
+        self._worker = Worker(home, trainer, self._say)
         self._reporter = Reporter(self._worker, self._heard)
         self._stop = threading.Event()
         self._failure: TalkootError | None = None
@@ -137,6 +137,7 @@ class Daemon:
     def _end(self, err: TalkootError) -> None:
         """End for good, with the first reason there was."""
         self._failure = self._failure or err
+        self._last_told = printable_lines(self._failure.sentence)  # whoever runs us says it
         self._worker.stop()
         self._stop.set()
 
@@ -150,6 +151,8 @@ class Daemon:
                     self._tell("Paused by its owner; 'talkoot resume' goes on.")
                     self._stop.wait(PAUSE_LOOK_SECONDS)
                     continue
+                if paused:
+                    self._tell("Going on after the pause.")
                 if self._host is None:
                     self._join_in()
                 elif paused:
@@ -290,8 +293,11 @@ class Daemon:
     def _tell(self, sentence: str) -> None:
         sentence = printable_lines(sentence)  # it may be the coordinator's
         if sentence != self._last_told:
-            self._last_told = sentence
             self._say(sentence)
+
+    def _say(self, sentence: str) -> None:
+        self._last_told = sentence
+        self._tell_owner(sentence)
 
     def _write_status(self, state: str | None = None) -> None:
         worker = self._worker

@@ -92,17 +92,20 @@ def sample_config(
     preset: Annotated[str, typer.Option(help="The model preset to write into it.")] = "small",
 ) -> None:
     """Print a whole configuration with its defaults, to edit."""
+    from talkoot.protocol.model import preset as known
     from talkoot.server.config import Config, ModelSection, dump_config
 
+    known(preset)  # a typing error is told now, and not by 'init'
     typer.echo(dump_config(Config(model=ModelSection(preset=preset))), nl=False)
 
 
 @app.command()
 def recipes(
     model: Annotated[str, typer.Option(help="A model preset, a model directory or a config.json.")],
-    seq: Annotated[int, typer.Option("--seq", min=2, max=2**20, help="Tokens in a sequence.")] = (
-        2048
-    ),
+    sequence_length: Annotated[
+        int,
+        typer.Option("--sequence-length", "--seq", min=2, max=2**20, help="Tokens in a sequence."),
+    ] = 2048,
     micro_batch: Annotated[int, typer.Option(min=1, max=4096, help="Sequences in a batch.")] = 1,
     vram: Annotated[
         str, typer.Option(help="Cards to hold it against, in GiB.")
@@ -124,7 +127,7 @@ def recipes(
 
     findings = examine(
         model,
-        sequence_length=seq,
+        sequence_length=sequence_length,
         micro_batch=micro_batch,
         cards=card_sizes(vram),
         margin=margin,
@@ -295,7 +298,7 @@ def export(
 ) -> None:
     """Write a version as a model that AutoModelForCausalLM.from_pretrained loads.
 
-    An adapter run's is written as adapters for PEFT, or with --merge as a model, too.
+    Of an adapter run, adapters that PEFT reads; with --merge a model, too.
     """
     from talkoot.server.export import export_version
 

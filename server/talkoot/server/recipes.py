@@ -132,11 +132,12 @@ def lines(findings: dict[str, Any]) -> list[str]:
     if best:
         least = min(best, key=lambda row: row["needs"]["device"])
         out.append(
-            f"The least: {least['recipe']} on a card of "
-            f"{format_size(least['smallest_card'])}. Speeds are relative, and estimates."
+            f"The least: {least['recipe']} on a card of {format_size(least['smallest_card'])}, "
+            f"with {format_size(least['needs']['host'])} of host memory."
         )
     else:
-        out.append("No recipe fits on any of these cards. Speeds are relative, and estimates.")
+        out.append("No recipe fits on any of these cards.")
+    out.append("Speeds are relative, and estimates.")
     if any(row["source"] == "formula" for row in rows):
         out.append("* estimated; without --quick it is simulated.")
     return out

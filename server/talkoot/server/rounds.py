@@ -110,7 +110,9 @@ def decide_tally(
     committed and counts towards the quorum of the next attempt.
     """
     committed, awaited, lost = tally.committed, tally.awaited, tally.lost
-    told = f"{committed} contributed, {awaited} still at work, {lost} out of reach"
+    told = f"{committed} contributed"
+    told += f", {awaited} still at work" if awaited else ""
+    told += f", {lost} out of reach" if lost else ""
 
     if committed >= quorum:
         if awaited == 0:

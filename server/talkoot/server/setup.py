@@ -61,6 +61,7 @@ def init(root: Path, config: Config, *, say: Say, identity: Identity | None = No
     Interrupted half-way it leaves a directory that ``serve`` and ``init`` refuse with a sentence.
     """
     config = with_free_ports(config)
+    _model_config(config)  # what is wrong with it is told before the corpus is made
     state = StateDir(root.absolute())
     state.create()
     with DirectoryLock(state.root, who="coordinator"):  # outside: another init's work is not ours
@@ -218,20 +219,27 @@ def _dtype(name: str) -> torch.dtype:
 
 def initial_model(config: Config) -> tuple[dict[str, Any], torch.nn.Module]:
     """The transformers config and the model of version 0, fp32. Raises :class:`ConfigError`."""
-    from talkoot.protocol.model import build_model, load_pretrained, parse_config, preset
+    from talkoot.protocol.model import build_model, load_pretrained
+
+    if config.model.pretrained is not None:
+        return load_pretrained(Path(config.model.pretrained))
+    model_config = _model_config(config)
+    return model_config, build_model(model_config, seed=config.run.seed, device="cpu")
+
+
+def _model_config(config: Config) -> dict[str, Any]:
+    from talkoot.protocol.model import parse_config, preset, read_config
 
     section = config.model
-    if section.pretrained is not None:
-        return load_pretrained(Path(section.pretrained))
     if section.preset is not None:
-        model_config = preset(section.preset)
-    else:
-        path = Path(section.config or "")
-        try:
-            model_config = parse_config(path.read_bytes())
-        except OSError as err:
-            raise ConfigError(f"model.config: {path} cannot be read ({err.strerror}).") from err
-    return model_config, build_model(model_config, seed=config.run.seed, device="cpu")
+        return preset(section.preset)
+    if section.pretrained is not None:
+        return read_config(Path(section.pretrained) / "config.json")
+    path = Path(section.config or "")
+    try:
+        return parse_config(path.read_bytes())
+    except OSError as err:
+        raise ConfigError(f"model.config: {path} cannot be read ({err.strerror}).") from err
 
 
 def streamed_model(

@@ -24,15 +24,25 @@ _STATUS_STYLES = {
 }
 
 
-def _ago(unix: float | None) -> str:
+WIDE = 100
+"""Columns of a terminal that has room for a table's bytes, too."""
+
+
+def _since(unix: float | None) -> str:
     if unix is None:
         return "never"
     seconds = max(0.0, time.time() - unix)
     if seconds < 120:
-        return f"{seconds:.0f} s ago"
+        return f"{seconds:.0f} s"
     if seconds < 7200:
-        return f"{seconds / 60:.0f} min ago"
-    return f"{seconds / 3600:.1f} h ago"
+        return f"{seconds / 60:.0f} min"
+    if seconds < 2 * 86400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.0f} days"
+
+
+def _ago(unix: float | None) -> str:
+    return "never" if unix is None else f"{_since(unix)} ago"
 
 
 def print_status(document: dict[str, Any]) -> None:
@@ -77,11 +87,13 @@ def print_nodes(nodes: Sequence[dict[str, Any]]) -> None:
     if not nodes:
         console.print("No nodes yet: make an invite with 'talkoot-coordinator invite'.")
         return
-    table = Table(box=None)
+    wide = console.width >= WIDE
+    table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("node", no_wrap=True)
     table.add_column("name", overflow="fold")
-    for title in ("status", "state", "seen", "given", "tokens/s", "up", "down"):
-        table.add_column(title)
+    moved_titles = ("up", "down") if wide else ()
+    for title in ("status", "state", "last seen", "given", "tokens/s", *moved_titles):
+        table.add_column(title, no_wrap=True)
     for node in nodes:
         status = node["status"]
         if status == "admitted" and node["standing"] == "probation":
@@ -92,11 +104,10 @@ def print_nodes(nodes: Sequence[dict[str, Any]]) -> None:
             escape(printable(node["name"])),  # a stranger chose it
             f"[{style}]{status}[/]" if style else status,
             node["state"] or "—",
-            _ago(node["last_seen_unix"]),
+            _since(node["last_seen_unix"]),
             str(node["contributions"]),
             format_count(node["tokens_per_second"]),
-            format_count(node["bytes_up"]) + "B",
-            format_count(node["bytes_down"]) + "B",
+            *(format_count(node[key]) + "B" for key in ("bytes_up", "bytes_down") if wide),
         )
     console.print(table)
 
@@ -186,20 +197,23 @@ def print_rounds(history: Sequence[dict[str, Any]]) -> None:
     if not history:
         console.print("No round is published yet.")
         return
-    table = Table(
-        "round", "loss", "held-out", "tokens", "nodes", "up", "update", "seconds", box=None
-    )
+    wide = console.width >= WIDE
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    moved_titles = ("up", "update") if wide else ()
+    for title in ("round", "loss", "held-out", "tokens", "nodes", *moved_titles, "seconds"):
+        table.add_column(title, no_wrap=True)
     table.add_column("why it closed", overflow="fold")
     for row in history:
+        bytes_moved = (row["bytes_up"], row["update_bytes"] or 0)
+        why = row["reason"].removeprefix(f"Round {row['round']} closes").lstrip(": ")
         table.add_row(
             str(row["round"]),
             "—" if row["loss"] is None else f"{row['loss']:.4f}",
             "—" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}",
             format_count(row["tokens"]),
             str(row["contributions"]),
-            format_count(row["bytes_up"]) + "B",
-            format_count(row["update_bytes"] or 0) + "B",
+            *(format_count(moved) + "B" for moved in bytes_moved if wide),
             f"{row['seconds']:.1f}",
-            escape(row["reason"]),
+            escape(why),
         )
     console.print(table)

@@ -139,8 +139,9 @@ def parity(
 ) -> None:
     """Measure how much of a data centre's learning the network captures, on the real code.
 
-    Trains one node alone, all nodes as one data-parallel job, and the network, for each seed, and
-    writes table, curves and parity.json. The same command again does only what is missing.
+    Trains one node alone, all nodes as one data-parallel job, and the network,
+    for each seed, and writes table, curves and parity.json. The same command again
+    does only what is missing.
     """
     from rich.console import Console
 
@@ -192,8 +193,8 @@ def attacks(
 ) -> None:
     """Set liars of many kinds on the real coordinator, with its defences and without.
 
-    Writes attacks.json and a plot. The same command again does only what is missing; run at the
-    same time several times over, they share the work.
+    Writes attacks.json and a plot. The same command again does only what is
+    missing; several at the same time share the work.
     """
     import torch
 

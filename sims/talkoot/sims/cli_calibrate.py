@@ -36,9 +36,9 @@ def calibrate(
 ) -> None:
     """Let a small real network live through a scenario, and hold the simulation against it.
 
-    Real processes over TLS, then simulations of the speeds and lines that were measured of them.
-    Round time and bytes must agree within 10 %, and losses as one more seed would in 95 of 100
-    cases; the exit status is 1 if they do not.
+    Real processes over TLS, then simulations with the speeds and lines that they
+    had. Round time and bytes must agree within 10 %, and losses as one more seed
+    would in 95 of 100 cases; the exit status is 1 if they do not.
     """
     from rich.console import Console
 

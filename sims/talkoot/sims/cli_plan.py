@@ -51,8 +51,9 @@ def plan(
 ) -> None:
     """Say how a network would fare: tokens a day, utilization, bytes, cost, the bottleneck.
 
-    No training: discrete events over the real rules of rounds, admission and leases, with the
-    codec's real sizes. The exit status is 1 when the scenario's [expect] does not hold.
+    No training: discrete events over the real rules of rounds, admission and
+    leases, with the codec's real sizes. The exit status is 1 when something that
+    the scenario expects does not hold.
     """
     from rich.console import Console
 

@@ -56,8 +56,9 @@ def run_scenario(
 ) -> None:
     """Simulate a scenario with real training: the real apps in Flower's simulation engine on Ray.
 
-    Only the clock and the lines are virtual. The same command goes on where it was interrupted. The
-    exit status is 1 when something that the scenario expects does not hold.
+    Only the clock and the lines are virtual. The same command goes on where it
+    was interrupted. The exit status is 1 when something that the scenario expects
+    does not hold.
     """
     from rich.console import Console
 

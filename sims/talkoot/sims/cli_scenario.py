@@ -71,7 +71,7 @@ def _list(loaded: Sequence[Scenario]) -> None:
     for one in loaded:
         model = one.model.preset or (one.model.config or one.model.pretrained or "").split("/")[-1]
         length = [f"{one.rounds} rounds"] if one.rounds else []
-        length += [f"{one.days:g} days"] if one.days else []
+        length += [f"{one.days:g} day{'' if one.days == 1 else 's'}"] if one.days else []
         nodes = format_count(one.nodes)
         facts = f"{nodes} nodes, {model}, {' or '.join(length)}"
         console.print(Text.assemble((f"{one.name:14}", "bold"), (facts, "dim")))
@@ -80,6 +80,9 @@ def _list(loaded: Sequence[Scenario]) -> None:
 
 def _devices(as_json: bool) -> None:
     from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
 
     from talkoot.protocol.memory import format_size
     from talkoot.sims.scenario.devices import DEVICES, LINKS
@@ -91,14 +94,23 @@ def _devices(as_json: bool) -> None:
         }
         typer.echo(json.dumps(found, indent=1))
         return
+    console = Console(highlight=False)
+    cards = Table(box=None, padding=(0, 2, 0, 0))
+    lines = Table(box=None, padding=(0, 2, 0, 0))
+    for table, first in ((cards, "device"), (lines, "line")):
+        table.add_column(first, no_wrap=True)
+    for title in ("memory", "TFLOP/s", "used", "watts"):
+        cards.add_column(title, justify="right", no_wrap=True)
+    for title in ("Mbit/s up", "down", "ms"):
+        lines.add_column(title, justify="right", no_wrap=True)
+    for table in (cards, lines):
+        table.add_column("source")
     for name, device in DEVICES.items():
-        typer.echo(
-            f"{name:15} {format_size(device.memory_bytes):>8} {device.teraflops:7g} TFLOP/s "
-            f"at {device.efficiency:.0%} {device.watts:5g} W  {device.source}"
-        )
-    typer.echo()
+        size, used = format_size(device.memory_bytes), f"{device.efficiency:.0%}"
+        cards.add_row(name, size, f"{device.teraflops:g}", used, f"{device.watts:g}", device.source)
     for link, line in LINKS.items():
-        typer.echo(
-            f"{link:15} {line.up_mbit:g} up, {line.down_mbit:g} down Mbit/s, "
-            f"{line.latency_ms:g} ms  {line.source}"
-        )
+        up, down = f"{line.up_mbit:g}", f"{line.down_mbit:g}"
+        lines.add_row(link, up, down, f"{line.latency_ms:g}", line.source)
+    console.print(cards)
+    console.print()
+    console.print(lines)

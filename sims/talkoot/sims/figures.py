@@ -37,7 +37,7 @@ def count_text(value: float | None) -> str:
 
 
 def seconds_text(value: float | None) -> str:
-    """A duration in seconds: ``4.2 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    """A duration in seconds: ``4.2 s``, ``3 min 05 s``, ``2 h 07 min``, ``12 days``."""
     if value is None or not math.isfinite(value):
         return "–"
     if value < 59.95:
@@ -46,7 +46,10 @@ def seconds_text(value: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {seconds:02d} s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
+    if hours < 100:
+        return f"{hours} h {minutes:02d} min"
+    days = value / 86_400
+    return f"{days:.0f} days" if days < 1000 else f"{days / 365.25:,.0f} years"
 
 
 def many(count: int, noun: str) -> str:

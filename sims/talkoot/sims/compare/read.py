@@ -78,6 +78,11 @@ def read_lines(paths: Sequence[Path]) -> list[Line]:
 
 
 def _document(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ConfigError(
+            f"There is nothing at {path}: give a directory that `talkoot-sim run` or "
+            "`talkoot-sim plan --out` wrote."
+        )
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:

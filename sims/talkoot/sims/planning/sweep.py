@@ -125,7 +125,9 @@ def run_points(points: Sequence[Point], console: Any, *, events: bool = False) -
 
     jobs = [(point, seed) for point in points for seed in point.seeds]
     shown: Any = (
-        jobs if len(jobs) == 1 else track(jobs, "planning", console=console, transient=True)
+        track(jobs, "planning", console=console, transient=True)
+        if len(jobs) > 1 and console.is_terminal
+        else jobs
     )
     for point, seed in shown:
         began = time.perf_counter()

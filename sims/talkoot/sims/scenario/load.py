@@ -83,6 +83,8 @@ def parse_scenario(
         raise ConfigError(f"{where} is not valid TOML: {err}.") from err
     for key, value in (overrides or {}).items():
         _override(data, key, value)
+    if overrides:
+        where += f" with other values of {', '.join(overrides)}"
     if base is not None:
         _anchor(data, base)
     try:
