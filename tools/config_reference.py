@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -69,13 +69,17 @@ def _allowed(field: FieldInfo) -> str:
         return " or ".join(f"`{_toml(choice)}`" for choice in choices)
     if type(None) in get_args(kind):
         (kind,) = choices
+    rules: list[Any] = list(field.metadata)
+    if get_origin(kind) is Annotated:  # an optional value with a range
+        kind, *inner = get_args(kind)
+        rules += [rule for one in inner for rule in getattr(one, "metadata", [one])]
     name = {bool: "true or false", int: "integer", float: "number", str: "text"}.get(kind)
     if name is None:
         name = "list of text"
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = [
         f"{sign} {_number(getattr(rule, key))}"
-        for rule in field.metadata
+        for rule in rules
         for key, sign in signs.items()
         if getattr(rule, key, None) is not None
     ]
@@ -91,6 +95,8 @@ def _number(value: float) -> str:
 def _toml(value: object) -> str:
     if isinstance(value, str):
         return f'"{value}"'
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return str(value)

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from talkoot.protocol.errors import StateError, TalkootError
 from talkoot.protocol.files import DirectoryLock
+from talkoot.server.cli import app
 from talkoot.server.config import parse_config
 from talkoot.server.coordinator import Coordinator
 from talkoot.server.setup import init
@@ -135,6 +137,17 @@ def test_a_directory_in_use_names_the_process_that_has_it(state: StateDir) -> No
     assert "Traceback" not in done.stderr
 
 
+def test_status_says_whether_anybody_serves_the_network(state: StateDir) -> None:
+    def told() -> str:
+        done = CliRunner().invoke(app, ["status", "--state", str(state.root)])
+        assert done.exit_code == 0
+        return done.stdout
+
+    assert "It is not being served" in told()
+    with DirectoryLock(state.root, who="coordinator"):
+        assert "It is not being served" not in told()
+
+
 def test_a_lock_is_free_again_when_its_holder_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from talkoot.protocol.files import *;"
@@ -150,9 +163,11 @@ def test_a_lock_is_free_again_when_its_holder_is_killed(tmp_path: Path) -> None:
         lock = DirectoryLock(tmp_path, who="test")
         with pytest.raises(StateError, match=str(holder.pid)):
             lock.acquire()
+        assert DirectoryLock.is_held(tmp_path)
         holder.kill()
         lock.wait()
         lock.release()
+        assert not DirectoryLock.is_held(tmp_path)
     finally:
         holder.kill()
         holder.wait()

@@ -109,6 +109,7 @@ def print_findings(findings: dict[str, Any]) -> None:
         if rates:
             print(f"line     {', '.join(rates)}, when this node last transferred something large")
     if findings["recipes"] is None:
+        print("With --model NAME it says, too, whether a replica of that model fits.")
         return
     print(f"replica of {findings['model']} (with a margin of {MARGIN:g}):")
     for line in findings["table"]:

@@ -32,7 +32,7 @@ def run(app: Callable[[], object]) -> None:
     except OSError as err:
         if err.errno not in FULL_ERRNOS | READ_ONLY_ERRNOS:
             raise
-        known = explain_os_error(err, "doing this", Path(err.filename or "."))
+        known = explain_os_error(err, "", Path(err.filename or "."))
         print(f"error: {known.sentence}", file=sys.stderr)
         sys.exit(1)
 

@@ -19,22 +19,30 @@ READ_ONLY_ERRNOS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 def explain_os_error(err: OSError, doing: str, path: Path) -> CapacityError | StateError:
-    """Turn an ``OSError`` met while ``doing`` something at ``path`` into one clear sentence."""
+    """Turn an ``OSError`` met while ``doing`` something at ``path`` into one clear sentence.
+
+    ``doing`` is empty where it is not known.
+    """
+    when = f" while {doing}" if doing else ""
     if err.errno in FULL_ERRNOS:
         return CapacityError(
-            f"The disk that holds {path} is full while {doing}: free some space and start again; "
+            f"The disk that holds {path} is full{when}: free some space and start again; "
             "nothing that was complete is lost.",
             code="disk-full",
         )
+    if err.errno in (errno.EACCES, errno.EPERM):  # reading or writing: the error doesn't say
+        return StateError(
+            f"This user may not use {path}{when}: run this as the user that it belongs to, "
+            "change its permissions, or choose another directory.",
+            code="read-only",
+        )
     if err.errno in READ_ONLY_ERRNOS:
         return StateError(
-            f"Cannot write {path} while {doing}: it is read-only for this user; "
+            f"Cannot write {path}{when}: it is read-only for this user; "
             "change its permissions or choose another directory.",
             code="read-only",
         )
-    return StateError(
-        f"Input/output error at {path} while {doing}: {err.strerror or err}.", code="io"
-    )
+    return StateError(f"Input/output error at {path}{when}: {err.strerror or err}.", code="io")
 
 
 def bytes_below(path: Path) -> int:
@@ -120,6 +128,19 @@ class DirectoryLock:
             file.truncate(0)
             file.write(str(os.getpid()).encode("ascii"))
         self._file = file
+
+    @staticmethod
+    def is_held(directory: Path) -> bool:
+        """Whether a living process holds the lock of a directory."""
+        try:
+            with (directory / "lock").open("rb") as file:
+                os.kill(int(file.read(64)), 0)  # who is dead holds nothing, and is not asked
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except (OSError, ValueError):
+            return False
+        return False
 
     def wait(self, seconds: float = 0.1) -> None:
         """Take the lock as soon as its holder gives it back or dies, asking every so often."""

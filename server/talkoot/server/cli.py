@@ -262,9 +262,12 @@ def status(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(document, indent=2))
         return
+    from talkoot.protocol.files import DirectoryLock
     from talkoot.server.tables import print_status
 
     print_status(document)
+    if not DirectoryLock.is_held(state):
+        typer.echo(f"It is not being served: 'talkoot-coordinator serve --state {state}' goes on.")
 
 
 @app.command()
