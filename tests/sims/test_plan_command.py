@@ -137,3 +137,7 @@ def test_too_many_plans_are_refused_before_the_first(small: str) -> None:
 def test_events_need_a_place(small: str) -> None:
     with pytest.raises(ConfigError, match="--events needs --out"):
         CliRunner().invoke(app, ["plan", small, "--events"], catch_exceptions=False)
+
+
+def test_a_section_that_a_sentence_names_in_brackets_is_shown() -> None:
+    assert "compress [downlink]" in run("loopback-2")

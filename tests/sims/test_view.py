@@ -16,6 +16,7 @@ from talkoot.sims.figures import (
     bytes_text,
     clean,
     count_text,
+    number_text,
     seconds_text,
     sparkline,
     times_smaller_text,
@@ -281,6 +282,9 @@ def test_counts_durations_and_ratios_read_well() -> None:
     assert seconds_text(7620) == "2 h 07 min"
     assert seconds_text(10 * 86_400) == "10 days"
     assert seconds_text(5e12) == "158,440 years"
+    assert [number_text(value) for value in (0.76429, 2, 4.82064, 19_410, 9.86284e8)] == [
+        *("0.7643", "2", "4.821", "19,410", "986 M"),
+    ]
     assert times_smaller_text(4e6, 18_500) == "×216"
     assert times_smaller_text(4e6, 0) == "–"
 

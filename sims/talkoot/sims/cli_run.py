@@ -94,7 +94,7 @@ def run_scenario(
     else:
         _print(result, Console())
     for sentence in result.broken:
-        console.print(f"expected otherwise: {sentence}", style="red", highlight=False)
+        console.print(f"expected otherwise: {sentence}", style="red", highlight=False, markup=False)
     if not result.holds:
         raise typer.Exit(1)
 
@@ -175,6 +175,7 @@ class _Progress:
 def _print(result: RunResult, console: Console) -> None:
     from rich.table import Table
 
+    from talkoot.sims.figures import number_text
     from talkoot.sims.scenario import METRICS
 
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -183,6 +184,6 @@ def _print(result: RunResult, console: Console) -> None:
     for name, words in METRICS.items():
         value = result.figures.get(name)
         if value is not None:
-            table.add_row(f"{value:,.6g}", words.replace(" (run)", ""))
+            table.add_row(number_text(value), words.replace(" (run)", ""))
     console.print(table)
     console.print(f"\n{result.out / 'report.html'}", highlight=False, soft_wrap=True)

@@ -62,6 +62,13 @@ def loss_text(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
+def number_text(value: float) -> str:
+    """A figure of any size, about four digits: ``0.7643``, ``4.821``, ``19,410``, ``986 M``."""
+    if abs(value) >= 1e5:
+        return count_text(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def times_smaller_text(dense: float, sent: float) -> str:
     """How much smaller ``sent`` is than ``dense``, both in bytes: ``×217``."""
     if dense <= 0 or sent <= 0:

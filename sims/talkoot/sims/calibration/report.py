@@ -63,9 +63,9 @@ def print_calibration(found: Calibration, console: Any) -> None:
         grid.add_row(*row)
     console.print(grid)
     for note in found.notes:
-        console.print(note, style="dim", highlight=False)
+        console.print(note, style="dim", highlight=False, markup=False)
     for sentence in found.comparison.broken:
-        console.print(f"missed: {sentence}", style="red", highlight=False)
+        console.print(f"missed: {sentence}", style="red", highlight=False, markup=False)
 
 
 def write_report(found: Calibration, out: Path) -> Path:

@@ -86,6 +86,7 @@ def headline(results: Sequence[PlanResult]) -> list[tuple[str, str]]:
 
 def print_plan(results: Sequence[PlanResult], console: Any) -> None:
     """One scenario, over its seeds."""
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -124,12 +125,10 @@ def print_plan(results: Sequence[PlanResult], console: Any) -> None:
     if len(trend) > 1:
         console.print(Text.assemble(("  tokens a round ", "dim"), sparkline(trend, 56)))
     console.print()
-    console.print(f"  {first.bottleneck}", highlight=False)
-    for note in first.notes:
-        console.print(f"  {note}", style="dim", highlight=False)
-    for row in first.classes:
-        if row.recipe is None:
-            console.print(f"  {row.name}: {row.why}", style="dim", highlight=False)
+    refused = [f"{row.name}: {row.why}" for row in first.classes if row.recipe is None]
+    told = [Text(first.bottleneck), *(Text(one, "dim") for one in (*first.notes, *refused))]
+    for sentence in told:  # as they are: [downlink] is no markup
+        console.print(Padding(sentence, (0, 0, 0, 2)))
 
 
 def print_sweep(points: Sequence[Point], console: Any) -> None:
@@ -138,7 +137,7 @@ def print_sweep(points: Sequence[Point], console: Any) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for key in points[0].values:
-        table.add_column(key.split(".")[-1])
+        table.add_column(key.split(".")[-1], overflow="fold")
     single = len(points[0].values) == 1  # there is room for a bar
     for head in ("tokens/day", *([""] * single), "trains", "round", "out/day", "waits", "closing"):
         table.add_column(head, justify="left" if not head else "right", no_wrap=True)
