@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from talkoot.server.aggregate import clip_factors, fair_norms
 from talkoot.server.validator import Validator
 from talkoot.sims.attacks.figures import table
-from talkoot.sims.attacks.kinds import Actor
+from talkoot.sims.attacks.kinds import Actor, liars
 from talkoot.sims.attacks.stage import Stage
 from talkoot.sims.attacks.suite import QUICK, make_state, run_suite
 
@@ -47,3 +48,23 @@ def test_an_honest_first_lease_replays_to_the_same_bytes_and_helps(tmp_path: Pat
         assert told["replay"]["code"] == "replay-same"
         assert told["replay"]["figures"]["cosine"] == pytest.approx(1.0)
         assert told["gain"]["code"] != "gain-missing"
+
+
+def test_a_liar_with_the_longest_lease_is_loud_by_the_root_of_it_and_no_more(
+    tmp_path: Path,
+) -> None:
+    torch.set_num_threads(1)
+    state = make_state(tmp_path / "made", QUICK, 0)
+    actors = [Actor(f"honest{number}") for number in range(4)] + liars("longest leases", 1, 1)
+    with Stage(state, tmp_path / "stage", actors) as stage:
+        stage.work_round()
+        liar = stage.hands[-1].node_id
+        came = stage.site.book.contributions(1)
+        assert [c.tokens // QUICK.tokens for c in came if c.node_id == liar] == [4]
+        assert all(c.tokens == QUICK.tokens for c in came if c.node_id != liar)
+        norms = [c.l2_norm for c in came]
+        factors = clip_factors(fair_norms(norms, [c.tokens for c in came]))
+        heard = {c.node_id: n * f for c, n, f in zip(came, norms, factors, strict=True)}
+        loudest = heard.pop(liar)
+        assert len(heard) == 4
+        assert max(heard.values()) < loudest <= 2.0 * max(heard.values()) * (1 + 1e-9)

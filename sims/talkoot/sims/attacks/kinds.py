@@ -261,6 +261,11 @@ def forge_against(strength: float, own: float) -> Forger:
     return forge
 
 
+LONG_LEASE: Final = 4.0
+"""Times an honest node's lease, as much as the round allows. Who trains so much may be louder by
+the root of it (ADR 29), and colluders with such leases use all of that."""
+
+
 def liars(kind: str, count: int, begins: int) -> list[Actor]:
     """So many nodes of one kind."""
     trained: dict[str, NodeBehaviour] = {
@@ -277,6 +282,7 @@ def liars(kind: str, count: int, begins: int) -> list[Actor]:
         "NaN": forge_nan,
         "colluding": forge_against(1.0, 0.7),
         "sybil wave": forge_against(1.0, 1.5),
+        "longest leases": forge_against(LONG_LEASE**0.5, 0.7),
     }
     return [
         Actor(
@@ -285,6 +291,7 @@ def liars(kind: str, count: int, begins: int) -> list[Actor]:
             behaviour=trained.get(kind, HONEST),
             forge=forged.get(kind, _train),
             begins=begins,
+            speed=LONG_LEASE if kind == "longest leases" else 1.0,
         )
         for number in range(count)
     ]
@@ -300,6 +307,7 @@ KINDS: Final = (
     "backdoor",
     "colluding",
     "sybil wave",
+    "longest leases",
     "huge and tiny tensors",
     "NaN",
 )

@@ -44,6 +44,7 @@ AttackKind = Literal[
     "backdoor",
     "colluding",
     "sybil wave",
+    "longest leases",
     "huge and tiny tensors",
     "NaN",
 ]

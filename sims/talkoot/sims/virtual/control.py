@@ -41,7 +41,7 @@ from talkoot.sims.virtual.world import (
 IDLE_SECONDS: Final = 60.0
 """How far the clock goes on while there are too few nodes."""
 REPORTS_IN_A_POLL: Final = 4.0
-WATCHERS: Final = frozenset({"copy", "colluding", "sybil wave"})
+WATCHERS: Final = frozenset({"copy", "colluding", "sybil wave", "longest leases"})
 """Lies that are made from what others have pushed."""
 COPYING_SECONDS: Final = 1.0
 
