@@ -424,6 +424,12 @@ def test_nothing_else_reaches_the_superlink(site: Site) -> None:
     assert site.upstream.seen == []
 
 
+def test_who_opens_an_invite_in_a_browser_is_told_what_it_is_for(site: Site) -> None:
+    status, answer = site.post(b"/join", method=b"GET")
+    assert status == 404
+    assert "for the command 'talkoot join'" in refusal_of(answer).sentence
+
+
 def test_no_method_but_post_reaches_the_superlink(site: Site) -> None:
     for method in (b"GET", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"PATCH", b"post", b"CONNECT"):
         assert site.post(PULL, b"", method=method)[0] == 404

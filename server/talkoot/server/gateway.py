@@ -347,4 +347,8 @@ def _enrol_request(body: bytes) -> EnrolRequest:
 
 
 def _not_found() -> HttpRefusal:
-    return HttpRefusal(404, "not-found", "There is nothing here.")
+    return HttpRefusal(
+        404,
+        "not-found",
+        "There is nothing here. An invite is for the command 'talkoot join', not for a browser.",
+    )
