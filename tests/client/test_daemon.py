@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from talkoot.client.home import Home
 from talkoot.client.trainer_host import TrainerHost
 from talkoot.protocol.errors import RefusedError, TalkootError
 from talkoot.protocol.messages import NodeReport, NodeReportReply, Signed
+from talkoot.server.belief import Belief
 from talkoot.server.desk import Desk
 from talkoot.sims.in_process import InProcessCoordinator, nano_state
 
@@ -173,3 +175,20 @@ def test_a_node_that_goes_on_after_a_pause_says_so_and_its_status_does_not_say_p
     running.daemon.stop()
     running.ended()
     assert "Paused" not in json.loads(home.status_path.read_bytes())["last"]
+
+
+def test_a_node_that_is_quarantined_while_it_runs_is_told_why(
+    site: InProcessCoordinator, home: Home
+) -> None:
+    # As with a ban: all that can tell it is the answer to a report.
+    desk = site.desk
+    assert isinstance(desk, MuteDesk)
+    desk.mute = {"run_spec"}
+    running = Running(home)
+    assert desk.asked.wait(PATIENCE)
+    (node,) = site.registry.nodes()
+    Belief(site.coordinator).quarantine(node.node_id, "Looks odd.", now=time.time())
+    running.until("Quarantined: Looks odd.")
+    desk.release.set()
+    running.daemon.stop()
+    running.ended()

@@ -76,6 +76,8 @@ class Daemon:
         self._last_told = ""
         self._reachable = False
         self._finished = False
+        self._status: str | None = None
+        """What the coordinator said of this node last."""
 
     def run(self) -> None:
         """Work until asked to stop. Raises what ends the node for good (banned, wrong run …)."""
@@ -286,6 +288,9 @@ class Daemon:
         if not self._reachable:
             self._reachable = True
             self._tell("The coordinator answers.")
+        if reply.status != self._status and "quarantined" in (reply.status, self._status):
+            self._tell(reply.sentence)  # a node that is shut out is idle, and should know why
+        self._status = reply.status
         if reply.run_finished and not self._finished:
             self._finished = True
             self._tell("The run is finished. Thank you! Staying online; Ctrl-C ends.")
