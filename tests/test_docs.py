@@ -7,7 +7,6 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -135,9 +134,6 @@ def every_command() -> Iterator[tuple[list[str], click.Command, typer.Typer]]:
                 waiting += [([*words, name], one) for name, one in command.commands.items()]
 
 
-@pytest.mark.skipif(
-    version("click").startswith("8.5."), reason="this environment is older than constraints.txt"
-)
 def test_help_on_80_columns_says_what_each_argument_and_command_is() -> None:
     for words, command, app in every_command():
         shown = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80"}).stdout

@@ -109,17 +109,23 @@ def home(site: InProcessCoordinator, tmp_path: Path) -> Home:
     return home
 
 
-def test_a_daemon_whose_node_is_banned_ends_with_the_operators_reason(
-    site: InProcessCoordinator, home: Home
-) -> None:
-    # Its work hangs, so that all that can tell it of its ban is the answer to a report.
+def hanging(site: InProcessCoordinator, home: Home) -> tuple[Running, MuteDesk, str]:
+    """A node whose work hangs, so that all that can tell it anything is the answer to a report; its
+    desk, and its id."""
     desk = site.desk
     assert isinstance(desk, MuteDesk)
     desk.mute = {"run_spec"}
     running = Running(home)
     assert desk.asked.wait(PATIENCE)
     (node,) = site.registry.nodes()
-    site.registry.ban(node.node_id, "Sent nonsense.")
+    return running, desk, node.node_id
+
+
+def test_a_daemon_whose_node_is_banned_ends_with_the_operators_reason(
+    site: InProcessCoordinator, home: Home
+) -> None:
+    running, desk, node_id = hanging(site, home)
+    site.registry.ban(node_id, "Sent nonsense.")
     running.ended()
     assert isinstance(running.failure, RefusedError)
     assert running.failure.code == "banned"
@@ -180,14 +186,8 @@ def test_a_node_that_goes_on_after_a_pause_says_so_and_its_status_does_not_say_p
 def test_a_node_that_is_quarantined_while_it_runs_is_told_why(
     site: InProcessCoordinator, home: Home
 ) -> None:
-    # As with a ban: all that can tell it is the answer to a report.
-    desk = site.desk
-    assert isinstance(desk, MuteDesk)
-    desk.mute = {"run_spec"}
-    running = Running(home)
-    assert desk.asked.wait(PATIENCE)
-    (node,) = site.registry.nodes()
-    Belief(site.coordinator).quarantine(node.node_id, "Looks odd.", now=time.time())
+    running, desk, node_id = hanging(site, home)
+    Belief(site.coordinator).quarantine(node_id, "Looks odd.", now=time.time())
     running.until("Quarantined: Looks odd.")
     desk.release.set()
     running.daemon.stop()

@@ -132,9 +132,13 @@ class DirectoryLock:
     @staticmethod
     def is_held(directory: Path) -> bool:
         """Whether a living process holds the lock of a directory."""
+        import psutil
+
         try:
             with (directory / "lock").open("rb") as file:
-                os.kill(int(file.read(64)), 0)  # who is dead holds nothing, and is not asked
+                # Asking takes the lock for a moment, so nobody asks about one whose holder is dead.
+                if not psutil.pid_exists(int(file.read(64))):
+                    return False
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
